@@ -1,0 +1,367 @@
+"""Wide-ResNets on CIFAR-10: Figures 1 to 4 and Tables 1 to 3 of the paper, one run per learning rate and seed.
+
+    python wrn_cifar.py --init zeroinit --bs 64 --lr 2^-2 --seeds 15    # one learning rate of Table 1's last row
+    python wrn_cifar.py --data shapes --depth 16 --width 1 --epochs 2   # a minute on a CPU, nothing to download
+
+Each run leaves one JSON record in --out; runs that have theirs are skipped, so the same command completes a sweep.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import common
+from common import METHODS, UserError, WideResNet
+
+PAD = 4  # pixels on each side before the random crop
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def rate(text: str) -> float:
+    """A positive number, written 0.25 or 2^-2."""
+    base, caret, exponent = text.partition("^")
+    value = float(base) ** int(exponent) if caret else float(base)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
+def coefficient(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise ValueError
+    return float(text)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def make_parser() -> Parser:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=show)
+    add = parser.add_argument_group("network").add_argument
+    add("--depth", type=positive, default=16, help="6n+4")
+    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
+    add("--init", choices=METHODS, default="zeroinit", help="the method, a row of the paper's tables")
+    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
+    add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
+    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--bs", "--batch-size", type=positive, default=64, help="images per update")
+    add("--lr", type=rate, nargs="+", default=[0.25], help="learning rates, one run each: 0.25 or 2^-2")
+    add("--epochs", type=positive, default=200, help="the budget; the learning rate schedule scales with it")
+    add("--momentum", type=fraction, default=0.9, help="heavy ball")
+    add("--wd", type=coefficient, default=5e-4, help="L2 coefficient")
+    add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
+    add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=("cifar10", "folder", "shapes"), default="cifar10", help="folder: DIR/{train,test}/CLASS/*")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or the folder of images")
+    add("--data-name", help="name of the images in records and reports [the folder's own name]")
+    add("--train-size", type=positive, help="train on this many images only")
+    add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
+    group = parser.add_argument_group("runs")
+    seeds = group.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
+    seeds.add_argument("--seed", type=natural, help="run this seed only")
+    add = group.add_argument
+    add("--out", type=Path, default=Path("results"), help="folder of the records")
+    add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
+    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
+    add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
+    add("--dry-run", action="store_true", help="print what would be run, and stop")
+    add("--status", action="store_true", help="read such command lines from stdin; print done, diverged and all runs")
+    return parser
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """Parse and check the flags; a bad one ends with one line and exit code 2."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    method = METHODS[args.init]
+    if args.depth < 10 or (args.depth - 4) % 6:
+        parser.error(f"argument --depth: should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {args.depth}")
+    if args.dropout is not None and not method.dropout:
+        parser.error(f"argument --dropout: --init {args.init} has no dropout")
+    ghost = min(args.ghost or args.bs, args.bs)
+    if method.norm and args.micro % ghost:
+        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+    names = {"cifar10": "CIFAR-10", "shapes": "shapes", "folder": args.data_dir.resolve().name}
+    args.data_name = args.data_name or names[args.data]
+    return args
+
+
+def configurations(args: argparse.Namespace) -> dict:
+    """All runs that the flags ask for: the path of each record -> everything that decides its result."""
+    method = METHODS[args.init]
+    defaults = {
+        "ghost": min(64, args.bs) if method.norm else None,
+        "dropout": 0.6 if method.dropout else 0.0,
+        "wd": 5e-4,
+        "momentum": 0.9,
+        "l2_all": False,
+        "scalar_lr": 1.0,
+        "base_init": "lecun",
+        "pad_mode": "zeros",
+        "train_size": None,
+    }
+    shared = {key: getattr(args, key) for key in ("depth", "width", "init", "bs", "epochs", *defaults)}
+    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
+    shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
+    slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
+    runs = {}
+    for lr in args.lr:
+        for seed in range(args.seeds) if args.seed is None else [args.seed]:
+            config = {"model": "wrn", "data": args.data_name, "lr": lr, "seed": seed} | shared
+            name = common.run_name(f"wrn{args.depth}-{args.width}", config, defaults)
+            runs[args.out / slug / f"{name}.json"] = config
+    return runs
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+class Images:
+    """A data set of uint8 images on the device; crop, flip and standardization are vectorized operations there.
+
+    `train` and `test` are pairs of uint8 images (N, H, W, 3) and int64 labels (N,).
+    """
+
+    def __init__(self, name, train, test, device, pad_mode="zeros", train_size=None):
+        digest = hashlib.sha256()
+        for part in (*train, *test):
+            digest.update(np.ascontiguousarray(part).data)
+        self.name, self.fingerprint, self.device = name, digest.hexdigest()[:16], device
+        images, labels = train
+        if train_size is not None:
+            if train_size > len(images):
+                raise UserError(f"--train-size {train_size} is more than the {len(images)} training images")
+            chosen = np.random.default_rng(0).permutation(len(images))[:train_size]  # the same ones for every seed
+            images, labels = images[chosen], labels[chosen]
+        self.train_images, self.test_images = len(images), len(test[0])
+        self.size = images.shape[1]
+        pixels = images.reshape(-1, 3) / np.float32(255)
+        self.mean, self.std = (torch.tensor(f(pixels, axis=0), device=device) for f in (np.mean, np.std))
+        border = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))
+        padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
+        self.side = padded.shape[1]
+        self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+        self.test = torch.from_numpy(test[0]).to(device), torch.from_numpy(test[1]).to(device)
+
+    def draw(self, seed: int, epoch: int) -> torch.Tensor:
+        """The training images in an epoch's order: rows (index, first pixel row, first pixel column, flip)."""
+        generator = torch.Generator().manual_seed(common.stream_seed(seed, "data", epoch))
+        order = torch.randperm(self.train_images, generator=generator)
+        corner = torch.randint(2 * PAD + 1, (2, self.train_images), generator=generator)
+        flip = torch.randint(2, (self.train_images,), generator=generator)
+        return torch.stack([order, *corner, flip], 1).to(self.device)
+
+    def train_batch(self, rows: torch.Tensor):
+        """The images and labels that rows describe: cropped, flipped, standardized, (B, 3, H, W) channels last."""
+        index, top, left, flip = rows.unbind(1)
+        along = torch.arange(self.size, device=self.device)
+        down = (index * self.side + top)[:, None] + along
+        across = left[:, None] + torch.where(flip[:, None] == 1, self.size - 1 - along, along)
+        images = self.pixels[down[:, :, None] * self.side + across[:, None, :]]
+        return self.standardize(images), self.labels[index]
+
+    def test_batches(self, bs: int = 500):
+        """All test images in order, as they are."""
+        for images, labels in zip(self.test[0].split(bs), self.test[1].split(bs), strict=True):
+            yield self.standardize(images), labels
+
+    def standardize(self, images):
+        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+
+def load_cifar10(folder: Path):
+    """CIFAR-10 by torchvision, which checks MD5 sums before it unpickles anything; one process downloads at a time."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        try:
+            train = CIFAR10(folder, train=True)
+        except RuntimeError:  # absent or corrupt
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / ".download.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                train = CIFAR10(folder, train=True, download=True)
+        test = CIFAR10(folder, train=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 is not in {folder} and could not be downloaded ({error}). Put cifar-10-python.tar.gz there, "
+            "or give a folder of images with --data folder --data-dir DIR, or try --data shapes"
+        ) from None
+    return tuple((part.data, np.array(part.targets, dtype=np.int64)) for part in (train, test))
+
+
+def load_folder(folder: Path, size: int = 32):
+    """Images from folder/{train,test}/CLASS/*, resized to 32x32 where they are not; decoded once, then cached there."""
+    parts = [sorted(p for p in (folder / part).glob("*/*") if p.is_file()) for part in ("train", "test")]
+    classes = [sorted({p.parent.name for p in files}) for files in parts]
+    for part, files in zip(("train", "test"), parts, strict=True):
+        if not files:
+            raise UserError(
+                f"--data-dir: no images in {folder / part}/CLASS/; it should hold train/CLASS/* and test/CLASS/*"
+            )
+    if classes[0] != classes[1]:
+        odd = sorted(set(classes[0]) ^ set(classes[1]))
+        raise UserError(f"--data-dir: {folder}: train and test should hold the same classes, but not {', '.join(odd)}")
+    listing = "".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for files in parts for p in files)
+    key, cache = hashlib.sha256(listing.encode()).hexdigest(), folder / f"cache-{size}px.npz"
+    try:
+        with np.load(cache) as kept:
+            if str(kept["key"]) == key:
+                return tuple((kept[f"{part}_images"], kept[f"{part}_labels"]) for part in ("train", "test"))
+    except (OSError, ValueError, KeyError):
+        pass  # no cache yet, or not ours
+    number = {name: i for i, name in enumerate(classes[0])}
+    data = []
+    for files in parts:
+        images = [read_image(p, size) for p in tqdm(files, "decoding", unit=" images", disable=not sys.stderr.isatty())]
+        data.append((np.stack(images), np.array([number[p.parent.name] for p in files], dtype=np.int64)))
+    try:
+        with common.atomic_write(cache) as file:
+            (images, labels), (test_images, test_labels) = data
+            np.savez(
+                file,
+                key=key,
+                train_images=images,
+                train_labels=labels,
+                test_images=test_images,
+                test_labels=test_labels,
+            )
+    except OSError as error:
+        print(f"decoded images are not kept: {cache}: {error.strerror}", file=sys.stderr)
+    return tuple(data)
+
+
+def read_image(path: Path, size: int) -> np.ndarray:
+    """An image file as uint8 (size, size, 3)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+        return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC))
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path} is not a readable image ({error})") from None
+
+
+def shapes(n: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `n` images of ten forms: uint8 (n, size, size, 3) and their labels, int64 (n,), balanced and shuffled.
+
+    The classes are 0 disc, 1 ring, 2 square, 3 frame, 4 triangle up, 5 triangle down, 6 plus, 7 cross (X), 8 two
+    horizontal bars and 9 two vertical bars. Each stays itself when mirrored left to right and when shifted by size / 8.
+    Whatever the class, the place, size and tilt (up to 11 degrees) of the form vary, its colour and the background's,
+    the background's gradient, a small round distractor behind the form, and pixel noise.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n, dtype=np.int64) % 10)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (n, *shape, 1, 1)).astype(np.float32)
+
+    # Lengths are in half images: the pixel centres lie in (-1, 1), and a form stays within 3/4 so that crops spare it.
+    radius, tilt, slope = uniform(0.4, 0.65), uniform(-0.2, 0.2), uniform(-25, 25, 2)
+    centre, spot = uniform(-1, 1, 2) * (0.75 - radius)[:, None], uniform(-1, 1, 2)
+    # The form is the lighter of the two in every channel: were that random too, nothing could be learnt linearly.
+    back, spot_colour = uniform(16, 144, 3), uniform(16, 240, 3)
+    colour = back + uniform(48, 112, 3)
+    images = rng.integers(-16, 17, (n, 3, size, size), dtype=np.int16)  # integer noise is the same on every machine
+
+    grid = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
+    x, y = grid[None, :], grid[:, None]
+    for label in range(10):
+        at = labels == label
+        r, t = radius[at], tilt[at]
+        dx, dy = x - centre[at, 0], y - centre[at, 1]
+        u, v = (dx + t * dy) / r, (dy - t * dx) / r  # a turn without sines, which also shrinks the form by up to 2%
+        cover = np.clip(0.5 - _outside(label, u, v) * r * (size / 2), 0, 1)[:, None]  # soft edges, one pixel wide
+        px, py = x - spot[at, 0], y - spot[at, 1]
+        spot_cover = np.clip(0.5 + (0.2 - np.sqrt(px * px + py * py)) * (size / 2), 0, 1)[:, None]
+        picture = back[at] + (slope[at, :1] * x + slope[at, 1:] * y)
+        picture += spot_cover * (spot_colour[at] - picture)
+        picture += cover * (colour[at] - picture)
+        images[at] += np.rint(picture).astype(np.int16)
+    return np.clip(images, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy(), labels
+
+
+def _outside(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """How far (u, v) lies outside the form of half-width one (negative inside); v points down."""
+    if label == 7:
+        u, v = (u + v) * np.float32(0.5**0.5), (u - v) * np.float32(0.5**0.5)
+    a, b = np.abs(u), np.abs(v)
+    if label < 2:
+        distance = np.sqrt(u * u + v * v) - 1
+    elif label in (4, 5):
+        v = v if label == 4 else -v
+        return np.maximum(v - 0.85, a * 0.88 - v * 0.47 - 0.42)
+    elif label in (6, 7):
+        return np.maximum(np.maximum(a, b) - 1, np.minimum(a, b) - 0.25)
+    elif label in (8, 9):
+        return np.maximum(np.maximum(a, b) - 0.9, np.abs((b if label == 8 else a) - 0.6) - 0.3)
+    else:
+        distance = np.maximum(a, b) - 0.9
+    return np.abs(distance + 0.17) - 0.17 if label in (1, 3) else distance
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Images:
+    """The data set that the flags name, on the device."""
+    if args.data == "cifar10":
+        train, test = load_cifar10(args.data_dir)
+    elif args.data == "folder":
+        train, test = load_folder(args.data_dir)
+    else:
+        train, test = shapes(4096, seed=0), shapes(2000, seed=1)
+    return Images(args.data_name, train, test, device, args.pad_mode, args.train_size)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def make_net(config: dict) -> WideResNet:
+    keys = ("init", "ghost", "dropout", "base_init")
+    return WideResNet(config["depth"], config["width"], **{key: config[key] for key in keys})
+
+
+def main():
+    args = parse_args()
+    runs = configurations(args)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    print(json.dumps(flags), flush=True)
+    common.train_missing(runs, make_net, lambda: load_data(args, device), device, args.amp, args.micro, args.eval_every)
+
+
+if __name__ == "__main__":
+    sys.exit(common.exit_code(main))
