@@ -23,6 +23,8 @@ import errno
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -521,6 +523,22 @@ def train_missing(runs: dict, build, load_data, device, amp="auto", micro=0, eva
         write_record(path, record | about)
 
 
+def print_plan(runs: dict, build, images: int):
+    """Print what `train_missing` would do on so many training images: the net, the updates, the schedule, the runs."""
+    config = next(iter(runs.values()))
+    bs, epochs = config["bs"], config["epochs"]
+    with torch.device("meta"):
+        net = build(config)
+    weights = sum(p.numel() for p in net.parameters())
+    budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
+    halvings = math.log2(config["lr"] / learning_rate(config["lr"], (steps - 1) * bs, budget))
+    print(f"{type(net).__name__} {config['init']}: {weights:,} trainable parameters")
+    print(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs")
+    print(f"learning rate constant for {-(-budget // (2 * bs)):,} updates, then halved {halvings:.0f} times")
+    for path, config in runs.items():
+        print("done   " if is_done(path, config) else "missing", path)
+
+
 # ------------------------------------------------------------------------------------------------------------ records
 
 
@@ -562,6 +580,20 @@ def is_done(path: Path, config: dict) -> bool:
         if theirs.get(key) != config.get(key):
             raise UserError(f"{path} holds another run: its {key} is {theirs.get(key)}, not {config.get(key)}")
     return True
+
+
+def print_status(lines, configurations):
+    """For each command line: done, diverged and all runs, the grid they belong to, and the line, separated by tabs.
+
+    `configurations(argv)` gives a line's runs; a grid is the runs that differ only in learning rate and seed.
+    """
+    for line in filter(None, map(str.strip, lines)):
+        runs = configurations(shlex.split(line, comments=True)[2:])
+        records = [read_record(path) for path, config in runs.items() if is_done(path, config)]
+        diverged = sum(record["status"] == "diverged" for record in records)
+        path = next(iter(runs))
+        grid = f"{path.parent.name}/" + re.sub(r"_lr[^_]+|_s\d+$", "", path.stem)
+        print(len(records), diverged, len(runs), grid, line, sep="\t")
 
 
 def write_record(path: Path, record: dict):

@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,41 +22,28 @@ import common
 from common import METHODS, UserError, WideResNet
 
 PAD = 4  # pixels on each side before the random crop
+SHAPES = 4096  # training images of the generated data
 
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def rate(text: str) -> float:
-    """A positive number, written 0.25 or 2^-2."""
-    base, caret, exponent = text.partition("^")
-    value = float(base) ** int(exponent) if caret else float(base)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+def number(kind, low, high=math.inf):
+    """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
+
+    def parse(text: str):
+        base, _, exponent = text.partition("^")
+        value = kind(base) ** int(exponent or 1)
+        if not low <= value < high:
+            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise ValueError
-    return float(text)
-
-
-def coefficient(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
-        raise ValueError
-    return float(text)
+natural, positive = number(int, 0), number(int, 1)
+coefficient, fraction, rate = number(float, 0), number(float, 0, 1), number(float, 1e-12)
 
 
 class Parser(argparse.ArgumentParser):
@@ -224,18 +212,23 @@ def load_cifar10(folder: Path):
     return tuple((part.data, np.array(part.targets, dtype=np.int64)) for part in (train, test))
 
 
+def list_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of folder/{train,test}/CLASS/*. Raises UserError unless both hold the same classes."""
+    parts = [sorted(p for p in (folder / part).glob("*/*") if p.is_file()) for part in ("train", "test")]
+    if not all(parts):
+        raise UserError(
+            f"--data-dir: {folder} should hold images in train/CLASS/ and test/CLASS/, but one or both are empty"
+        )
+    train, test = ({p.parent.name for p in files} for files in parts)
+    if train != test:
+        odd = ", ".join(sorted(train ^ test))
+        raise UserError(f"--data-dir: {folder}: train and test should hold the same classes, and differ in {odd}")
+    return tuple(parts)
+
+
 def load_folder(folder: Path, size: int = 32):
     """Images from folder/{train,test}/CLASS/*, resized to 32x32 where they are not; decoded once, then cached there."""
-    parts = [sorted(p for p in (folder / part).glob("*/*") if p.is_file()) for part in ("train", "test")]
-    classes = [sorted({p.parent.name for p in files}) for files in parts]
-    for part, files in zip(("train", "test"), parts, strict=True):
-        if not files:
-            raise UserError(
-                f"--data-dir: no images in {folder / part}/CLASS/; it should hold train/CLASS/* and test/CLASS/*"
-            )
-    if classes[0] != classes[1]:
-        odd = sorted(set(classes[0]) ^ set(classes[1]))
-        raise UserError(f"--data-dir: {folder}: train and test should hold the same classes, but not {', '.join(odd)}")
+    parts = list_images(folder)
     listing = "".join(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}\n" for files in parts for p in files)
     key, cache = hashlib.sha256(listing.encode()).hexdigest(), folder / f"cache-{size}px.npz"
     try:
@@ -244,11 +237,11 @@ def load_folder(folder: Path, size: int = 32):
                 return tuple((kept[f"{part}_images"], kept[f"{part}_labels"]) for part in ("train", "test"))
     except (OSError, ValueError, KeyError):
         pass  # no cache yet, or not ours
-    number = {name: i for i, name in enumerate(classes[0])}
+    label = {name: i for i, name in enumerate(sorted({p.parent.name for p in parts[0]}))}
     data = []
     for files in parts:
         images = [read_image(p, size) for p in tqdm(files, "decoding", unit=" images", disable=not sys.stderr.isatty())]
-        data.append((np.stack(images), np.array([number[p.parent.name] for p in files], dtype=np.int64)))
+        data.append((np.stack(images), np.array([label[p.parent.name] for p in files], dtype=np.int64)))
     try:
         with common.atomic_write(cache) as file:
             (images, labels), (test_images, test_labels) = data
@@ -342,7 +335,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Images:
     elif args.data == "folder":
         train, test = load_folder(args.data_dir)
     else:
-        train, test = shapes(4096, seed=0), shapes(2000, seed=1)
+        train, test = shapes(SHAPES, seed=0), shapes(2000, seed=1)
     return Images(args.data_name, train, test, device, args.pad_mode, args.train_size)
 
 
@@ -354,9 +347,19 @@ def make_net(config: dict) -> WideResNet:
     return WideResNet(config["depth"], config["width"], **{key: config[key] for key in keys})
 
 
+def count_images(args: argparse.Namespace) -> int:
+    """How many training images a run would have, without loading them."""
+    counts = {"cifar10": 50_000, "shapes": SHAPES}
+    return args.train_size or counts.get(args.data) or len(list_images(args.data_dir)[0])
+
+
 def main():
     args = parse_args()
+    if args.status:
+        return common.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
+    if args.dry_run:
+        return common.print_plan(runs, make_net, count_images(args))
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     print(json.dumps(flags), flush=True)

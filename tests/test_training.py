@@ -1,16 +1,14 @@
 """The training loop against a float64 loop written out by hand, the schedule, and the order of the images."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import common
 import wrn_cifar
-from common import METHODS, Run, learning_rate
+from common import METHODS, Run, epoch_end, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -81,3 +79,93 @@ def test_steps_equal_a_float64_loop(init, micro):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
     for ours, reference in zip((b for n, b in run.net.named_buffers() if "running" in n), statistics, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
+
+
+def test_l2_on_everything_and_a_rate_of_their_own_for_the_scalars():
+    run = tiny_run("--init fixup --wd 0.01 --l2-all --scalar-lr 0.125")
+    run.forward = lambda images, noise=None: run.net(images.double(), noise)
+    parameters, _ = expected_weights(run, 3, 8, 0.01, True, 0.125)
+    for i, rows in enumerate(run.batches(0)):
+        run.set_learning_rate(i)
+        run.step(rows)
+    for ours, reference in zip(run.net.parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
+
+
+def test_schedule_of_200_epochs():
+    expected = [1.0] * 100 + [0.5 ** (1 + i // 10) for i in range(100)]
+    assert expected[99:102] == [1.0, 0.5, 0.5] and expected[109:111] == [0.5, 0.25] and expected[190] == 2**-10
+    assert [learning_rate(1.0, epoch, 200) for epoch in range(200)] == expected
+    # Whatever the batch size, each epoch's first update already has the epoch's rate.
+    for bs in (3, 64, 8192):
+        first = [epoch_end(epoch - 1, 50_000, bs) * bs for epoch in range(200)]
+        assert [learning_rate(1.0, seen, 200 * 50_000) for seen in first] == expected
+
+
+def test_schedule_of_other_budgets():
+    # Seven epochs: half-way is 3.5, and each further halving comes 0.35 epochs later.
+    assert [learning_rate(1.0, epoch, 7) for epoch in range(7)] == [1, 1, 1, 1, 2**-2, 2**-5, 2**-8]
+    assert [learning_rate(0.25, tenth, 70) for tenth in (34, 35, 38, 39, 66, 67, 69)] == [
+        0.25, 2**-3, 2**-3, 2**-4, 2**-11, 2**-12, 2**-12,
+    ]  # fmt: skip
+    # ImageNet: nine halvings, at epochs 45, 50, ..., 85 of 90.
+    assert [learning_rate(1.0, epoch, 90, drops=9) for epoch in (44, 45, 49, 50, 84, 85, 89)] == [
+        1, 2**-1, 2**-1, 2**-2, 2**-8, 2**-9, 2**-9,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bs", [3, 7, 8, 20])
+def test_every_batch_is_full_and_every_epoch_sees_each_image_once(bs):
+    run = tiny_run(f"--bs {bs}", tiny_data(images=20))
+    batches = [rows for epoch in range(4) for rows in run.batches(epoch)]
+    assert {len(rows) for rows in batches} == {bs}
+    order = torch.cat(batches)[:, 0].tolist()
+    epochs = [order[20 * e : 20 * (e + 1)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert len(order) - 80 < bs  # the last batch is filled up, no more
+
+
+@pytest.mark.parametrize("bs", [3, 8192])
+def test_batch_sizes_that_do_not_divide_the_images(bs):
+    ends = [epoch_end(epoch, 50_000, bs) for epoch in range(200)]
+    assert all(end * bs >= 50_000 * (epoch + 1) > (end - 1) * bs for epoch, end in enumerate(ends))
+    assert ends[-1] == {3: 3_333_334, 8192: 1221}[bs]
+
+
+def test_crops_flips_and_standardization():
+    data = tiny_data(images=5, size=8)
+    image = data.pixels.view(5, 16, 16, 3)[2]  # zero padding of four pixels on each side
+    assert image[:4].sum() == 0 and image[:, 12:].sum() == 0 and image[4:12, 4:12].sum() > 0
+    rows = torch.tensor([[2, 4, 4, 0], [2, 1, 6, 1]])
+    images, labels = data.train_batch(rows)
+    plain = (image[4:12, 4:12] / 255 - data.mean) / data.std
+    moved = ((image[1:9, 6:14] / 255 - data.mean) / data.std).flip(1)
+    torch.testing.assert_close(images, torch.stack([plain, moved]).permute(0, 3, 1, 2))
+    assert labels.tolist() == [data.labels[2]] * 2
+    pixels = data.pixels.view(5, 16, 16, 3)[:, 4:12, 4:12].reshape(-1, 3).double() / 255
+    torch.testing.assert_close(data.mean.double(), pixels.mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(data.std.double(), pixels.std(0, unbiased=False), rtol=1e-5, atol=0)
+
+
+def test_reflect_padding():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    pair = images, np.zeros(2, dtype=np.int64)
+    padded = wrn_cifar.Images("tiny", pair, pair, CPU, "reflect").pixels.view(2, 16, 16, 3).numpy()
+    assert (padded[:, 3] == padded[:, 5]).all() and (padded[:, 4:12, 4:12] == images).all()
+
+
+def test_training_loss_is_cross_entropy_and_its_objective_adds_l2():
+    run = tiny_run("--init none --epochs 1 --wd 0.01 --lr 2^-30")  # a rate at which the weights stay
+    run.net = run.net.float()
+    run.optimizer = common.make_optimizer(run.net, 0.01, False, 1.0, 0.9)
+    expected = []
+    for rows in run.batches(0):
+        images, labels = run.data.train_batch(rows)
+        expected += (-run.net(images).log_softmax(1)[range(8), labels]).tolist()
+    record = common.train(run, "tiny", 1)
+    l2 = 0.01 / 2 * sum((p**2).sum().item() for p in run.net.parameters())
+    assert record["status"] == "done"
+    assert record["final"]["train_loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert record["final"]["train_objective"] == pytest.approx(np.mean(expected) + l2, rel=1e-5)
