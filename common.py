@@ -292,6 +292,16 @@ def l2_part(optimizer: torch.optim.SGD) -> float:
         )
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one. Raises UserError where the name is of no device here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+
+
 def pick_precision(amp: str, device: torch.device) -> str:
     """Resolve --amp: "auto" is bf16 where the device has it natively, fp16 on older GPUs, else float32 ("off")."""
     if amp != "auto":
@@ -566,7 +576,7 @@ def read_record(path: Path) -> dict | None:
         record = json.loads(path.read_text(), parse_constant=lambda name: float(name + "?"))
         valid = record["status"] in ("done", "diverged") and record["config"] and record["data"]["fingerprint"]
         return record if valid and "history" in record and "final" in record else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 

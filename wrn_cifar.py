@@ -360,7 +360,7 @@ def main():
     runs = configurations(args)
     if args.dry_run:
         return common.print_plan(runs, make_net, count_images(args))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = common.pick_device(args.device)
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     print(json.dumps(flags), flush=True)
     common.train_missing(runs, make_net, lambda: load_data(args, device), device, args.amp, args.micro, args.eval_every)
