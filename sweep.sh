@@ -49,9 +49,11 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
     done
 }
 
-demo() { # a depth and learning rates at which only the plain network fails, in three minutes on a CPU
-    for init in bn none zeroinit; do
-        echo "python wrn_cifar.py --data shapes --depth 40 --width 1 --init $init --bs 64 --lr ${LRS:-2^-6 2^-4 2^-2} --epochs 4"
+demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
+    for depth in ${DEPTHS:-52 16}; do
+        for init in ${INITS:-bn zeroinit none}; do
+            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 3"
+        done
     done
 }
 
@@ -109,7 +111,7 @@ seconds() { # as 3h05m or 4m10s
 finish() { # finish PID CODE: note how a command ended
     local pid=$1 code=$2 took left
     slots+=("${slot_of[$pid]}")
-    ((finished += 1, made += runs_of[$pid]))
+    ((made += runs_of[$pid]))
     took=$((SECONDS - started)) left=$((wanted - made))
     if ((code == 0)); then
         printf '[%d/%d runs, %s left] %s\n' "$made" "$wanted" "$(seconds $((made ? took * left / made : 0)))" "${line_of[$pid]}"
@@ -122,9 +124,9 @@ finish() { # finish PID CODE: note how a command ended
 }
 
 run_missing() { # run what is missing of the command lines on stdin, $jobs at a time
-    local made=0 wanted=0 finished=0 started=$SECONDS pid slot line runs code rows
+    local made=0 wanted=0 started=$SECONDS pid slot line runs code rows
     local -A line_of=() slot_of=() runs_of=() log_of=()
-    local slots=() todo=()
+    local slots=() todo=() words=() gpu=(env)
     rows=$(status) || return 2
     while IFS=$'\t' read -r have _ all _ line; do
         if ((have < all)); then todo+=("$((all - have)) $line") && ((wanted += all - have)); fi
@@ -139,10 +141,9 @@ run_missing() { # run what is missing of the command lines on stdin, $jobs at a 
         slot=${slots[0]} slots=("${slots[@]:1}")
         ((launched += 1))
         log=$out/logs/$target-$launched.log
-        (
-            if ((gpus)); then export CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}; fi
-            eval "exec \"\$python\" \"\$here\"/${line#python }"
-        ) </dev/null >"$log" 2>&1 &
+        if ((gpus)); then gpu=(env "CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}"); fi
+        eval "words=($line)"
+        "${gpu[@]}" "$python" "$here/${words[1]}" "${words[@]:2}" </dev/null >"$log" 2>&1 &
         line_of[$!]=$line slot_of[$!]=$slot runs_of[$!]=$runs log_of[$!]=$log
     done
     while ((${#line_of[@]})); do wait -n -p pid "${!line_of[@]}"; code=$?; finish "$pid" "$code"; done
@@ -199,9 +200,9 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then echo "error: bash 5
 IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}"
 gpus=${#devices[@]}
 cores=$(getconf _NPROCESSORS_ONLN)
+if [[ $target == demo ]]; then extend=0 jobs=${jobs:-$cores}; fi # its nets are too small for more than a core each
 if [ -z "$jobs" ]; then jobs=$((gpus ? gpus : cores > 1 ? cores / 2 : 1)); fi
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then echo "error: --jobs should be a positive number, not '$jobs'" >&2; exit 2; fi
-if [[ $target == demo ]]; then extend=0; fi
 if ((gpus == 0)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
 sweep || exit
 if ((${#failed[@]})); then

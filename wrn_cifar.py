@@ -21,7 +21,6 @@ from tqdm import tqdm
 import common
 from common import METHODS, UserError, WideResNet
 
-PAD = 4  # pixels on each side before the random crop
 SHAPES = 4096  # training images of the generated data
 
 # -------------------------------------------------------------------------------------------------------------- flags
@@ -155,10 +154,10 @@ class Images:
             chosen = np.random.default_rng(0).permutation(len(images))[:train_size]  # the same ones for every seed
             images, labels = images[chosen], labels[chosen]
         self.train_images, self.test_images = len(images), len(test[0])
-        self.size = images.shape[1]
+        self.size, self.pad = images.shape[1], images.shape[1] // 8  # four pixels of zeros around 32x32
         pixels = images.reshape(-1, 3) / np.float32(255)
         self.mean, self.std = (torch.tensor(f(pixels, axis=0), device=device) for f in (np.mean, np.std))
-        border = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))
+        border = (0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)
         padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
         self.side = padded.shape[1]
         self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
@@ -169,7 +168,7 @@ class Images:
         """The training images in an epoch's order: rows (index, first pixel row, first pixel column, flip)."""
         generator = torch.Generator().manual_seed(common.stream_seed(seed, "data", epoch))
         order = torch.randperm(self.train_images, generator=generator)
-        corner = torch.randint(2 * PAD + 1, (2, self.train_images), generator=generator)
+        corner = torch.randint(2 * self.pad + 1, (2, self.train_images), generator=generator)
         flip = torch.randint(2, (self.train_images,), generator=generator)
         return torch.stack([order, *corner, flip], 1).to(self.device)
 
@@ -270,13 +269,13 @@ def read_image(path: Path, size: int) -> np.ndarray:
         raise UserError(f"{path} is not a readable image ({error})") from None
 
 
-def shapes(n: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `n` images of ten forms: uint8 (n, size, size, 3) and their labels, int64 (n,), balanced and shuffled.
+def shapes(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Draw n images of ten patterns: uint8 (n, size, size, 3) and balanced labels, int64 (n,).
 
-    The classes are 0 disc, 1 ring, 2 square, 3 frame, 4 triangle up, 5 triangle down, 6 plus, 7 cross (X), 8 two
-    horizontal bars and 9 two vertical bars. Each stays itself when mirrored left to right and when shifted by size / 8.
-    Whatever the class, the place, size and tilt (up to 11 degrees) of the form vary, its colour and the background's,
-    the background's gradient, a small round distractor behind the form, and pixel noise.
+    A pattern repeats a disc, a ring, a triangle that points up or down, an upright or diagonal cross, vertical or
+    horizontal bars, a chequerboard or a grid of dots: each stays itself when it is mirrored or shifted. Whatever the
+    class, its place, scale, tilt (up to 11 degrees) and colour vary, and so do the background's darker colour and its
+    gradient, a small round distractor behind the pattern, and the noise.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.int64) % 10)
@@ -284,12 +283,11 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (n, *shape, 1, 1)).astype(np.float32)
 
-    # Lengths are in half images: the pixel centres lie in (-1, 1), and a form stays within 3/4 so that crops spare it.
-    radius, tilt, slope = uniform(0.4, 0.65), uniform(-0.2, 0.2), uniform(-25, 25, 2)
-    centre, spot = uniform(-1, 1, 2) * (0.75 - radius)[:, None], uniform(-1, 1, 2)
-    # The form is the lighter of the two in every channel: were that random too, nothing could be learnt linearly.
-    back, spot_colour = uniform(16, 144, 3), uniform(16, 240, 3)
-    colour = back + uniform(48, 112, 3)
+    # Lengths are in half images: the centres of the pixels lie in (-1, 1).
+    radius, tilt, slope = uniform(0.35, 0.65), uniform(-0.2, 0.2), uniform(-25, 25, 2)
+    centre, spot = uniform(-1, 1, 2), uniform(-1, 1, 2)
+    back, spot_colour = uniform(16, 128, 3), uniform(16, 240, 3)
+    colour = back + uniform(64, 120, 3)
     images = rng.integers(-16, 17, (n, 3, size, size), dtype=np.int16)  # integer noise is the same on every machine
 
     grid = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1
@@ -298,8 +296,9 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
         at = labels == label
         r, t = radius[at], tilt[at]
         dx, dy = x - centre[at, 0], y - centre[at, 1]
-        u, v = (dx + t * dy) / r, (dy - t * dx) / r  # a turn without sines, which also shrinks the form by up to 2%
-        cover = np.clip(0.5 - _outside(label, u, v) * r * (size / 2), 0, 1)[:, None]  # soft edges, one pixel wide
+        u, v = (dx + t * dy) / r, (dy - t * dx) / r  # a turn without sines, which also shrinks the forms by up to 2%
+        u, v = ((w + 1.25) % 2.5 - 1.25 for w in (u, v))
+        cover = np.clip(0.5 - outside(label, u, v) * r * (size / 2), 0, 1)[:, None]  # soft edges, one pixel wide
         px, py = x - spot[at, 0], y - spot[at, 1]
         spot_cover = np.clip(0.5 + (0.2 - np.sqrt(px * px + py * py)) * (size / 2), 0, 1)[:, None]
         picture = back[at] + (slope[at, :1] * x + slope[at, 1:] * y)
@@ -309,23 +308,24 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(images, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1).copy(), labels
 
 
-def _outside(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How far (u, v) lies outside the form of half-width one (negative inside); v points down."""
-    if label == 7:
-        u, v = (u + v) * np.float32(0.5**0.5), (u - v) * np.float32(0.5**0.5)
+def outside(label: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """How far the points (u, v) lie outside the form of half-width one, negative inside; v points down."""
     a, b = np.abs(u), np.abs(v)
-    if label < 2:
-        distance = np.sqrt(u * u + v * v) - 1
-    elif label in (4, 5):
-        v = v if label == 4 else -v
-        return np.maximum(v - 0.85, a * 0.88 - v * 0.47 - 0.42)
-    elif label in (6, 7):
-        return np.maximum(np.maximum(a, b) - 1, np.minimum(a, b) - 0.25)
-    elif label in (8, 9):
-        return np.maximum(np.maximum(a, b) - 0.9, np.abs((b if label == 8 else a) - 0.6) - 0.3)
-    else:
-        distance = np.maximum(a, b) - 0.9
-    return np.abs(distance + 0.17) - 0.17 if label in (1, 3) else distance
+    square, disc = np.maximum(a, b) - 1, np.sqrt(u * u + v * v) - 1
+    bars_u, bars_v = (0.25 - np.abs((w * 1.25 + 0.75) % 1 - 0.5) for w in (u, v))
+    diagonal_a, diagonal_b = np.abs(u + v) * np.float32(0.7071), np.abs(u - v) * np.float32(0.7071)
+    return (
+        lambda: disc,
+        lambda: np.abs(disc + 0.2) - 0.2,
+        lambda: np.maximum(v - 0.85, a * 0.88 - v * 0.47 - 0.42),
+        lambda: np.maximum(-v - 0.85, a * 0.88 + v * 0.47 - 0.42),
+        lambda: np.maximum(square, np.minimum(a, b) - 0.25),
+        lambda: np.maximum(np.maximum(diagonal_a, diagonal_b) - 1, np.minimum(diagonal_a, diagonal_b) - 0.25),
+        lambda: np.maximum(square, bars_u),
+        lambda: np.maximum(square, bars_v),
+        lambda: np.maximum(square, np.maximum(np.minimum(bars_u, bars_v), -np.maximum(bars_u, bars_v))),
+        lambda: np.maximum(square, np.maximum(bars_u, bars_v)),
+    )[label]()
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Images:
