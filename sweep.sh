@@ -124,7 +124,7 @@ finish() { # finish PID CODE: note how a command ended
 }
 
 run_missing() { # run what is missing of the command lines on stdin, $jobs at a time
-    local made=0 wanted=0 started=$SECONDS pid slot line runs code rows
+    local made=0 wanted=0 started=$SECONDS pid slot line have all runs code rows log
     local -A line_of=() slot_of=() runs_of=() log_of=()
     local slots=() todo=() words=() gpu=(env)
     rows=$(status) || return 2
