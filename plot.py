@@ -220,6 +220,12 @@ class Section:
         sizes = Counter(depth for depth, _ in {key[1:] for key in self.at if key[0] in THREE})
         return 16 if sizes[16] > 1 else max(sizes, key=sizes.get, default=16)
 
+    @functools.cached_property
+    def batch(self):
+        """The batch size of the tables: the paper's 64, or the one at which most was run."""
+        sizes = Counter(bs for _, _, bs in self.at)
+        return BATCH if sizes[BATCH] else max(sizes, key=sizes.get, default=BATCH)
+
     def line(self, figure, metric, method):
         """{batch size: optimum} of a method in a figure; in Figures 3 and 4 a ghost batch is the whole batch."""
         line = {}
@@ -318,16 +324,29 @@ def all_rows(*arguments):
 def depths(section, _, *methods, deepest=100):
     """For each method its optima by depth, if they reach the deepest."""
     for method in methods:
-        line = [optimum(grid, ACCURACY) for key, grid in section.at.items() if key == (method, key[1], BATCH)]
+        line = [optimum(grid, ACCURACY) for key, grid in section.at.items() if key == (method, key[1], section.batch)]
         need(all(line), f"at each depth a rate at which {NAME[method]} does not diverge")
         need(len(line) > 1 and line[-1].depth >= deepest, f"{NAME[method]} at {deepest} layers or more, and at fewer")
         yield line
 
 
+def at_depth(section, _, *methods, least=40):
+    """The optima of all methods at the largest depth that they share; all rates of the last one may have diverged."""
+    shared = [depth for _, depth, bs in section.at if bs == section.batch and depth >= least]
+    shared = [depth for depth in shared if all((method, depth, section.batch) in section.at for method in methods)]
+    need(shared, f"{least} layers or more with each of {', '.join(NAME[method] for method in methods)}")
+    found = [optimum(section.at[method, max(shared), section.batch], ACCURACY) for method in methods]
+    need(all(found[:-1]), f"a rate at which {NAME[methods[0]]} does not diverge")
+    return [[best for best in found if best]]
+
+
 def table1(section, _, metric, *methods):
     """The optima of two rows of Table 1."""
-    row = [optimum(section.at[key], metric) for method in methods if (key := (method, 16, BATCH)) in section.at]
-    need(len(row) == 2 and all(row), f"16 layers at B 64 with {' and '.join(NAME[method] for method in methods)}")
+    row = [optimum(section.at[key], metric) for method in methods if (key := (method, 16, section.batch)) in section.at]
+    need(
+        len(row) == 2 and all(row),
+        f"16 layers at B {section.batch} with {' and '.join(NAME[method] for method in methods)}",
+    )
     return [row]
 
 
@@ -386,6 +405,11 @@ def trains(line):
     return line[-1].mean > line[0].mean / 2
 
 
+def plain_fails(row):
+    *deep, plain = row if row[-1].grid.method == "none" else [*row, None]
+    return not plain or all(plain.mean < best.mean / 2 for best in deep)
+
+
 def over_94(line):
     return line[-1].mean > 0.94
 
@@ -422,6 +446,8 @@ CLAIMS = [
     *orders_of_table1(LOSS, 2, "lower training loss"),
     ("Table 2", "Batch normalization and ZeroInit train very deep networks (with 100 layers or more they keep over "
      "half of the shallowest network's accuracy)", "value", trains, depths, *TWO),
+    ("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the plain "
+     "network reaches less than half of their accuracy)", "value", plain_fails, at_depth, "bn", "zeroinit", "none"),
     ("Table 2", "Both train 1000 layers to over 94% test accuracy",
      "value", over_94, partial(depths, deepest=1000), *TWO),
     ("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)",
@@ -451,7 +477,7 @@ def judge(section, place, _, shown, test, series, *arguments):
     except NotEnoughRuns as reason:
         return "not enough runs", str(reason)
     used = [best for each in optima for best in each]
-    deep, lines = place in ("Table 2", "Table 3"), defaultdict(list)
+    deep, lines = place in ("Table 2", "Table 3", "Section 4"), defaultdict(list)
     for init in dict.fromkeys(best.grid.config["init"] for best in used):
         line = [best for best in used if best.grid.config["init"] == init]
         numbers = [getattr(best, shown) + " (*edge*)" * bool(best.edge) for best in line]
@@ -462,15 +488,18 @@ def judge(section, place, _, shown, test, series, *arguments):
 
 
 def judge_all(sections):
-    """Markdown: each claim with its verdict in every section that can decide any, or else with what it needs."""
-    verdicts = {section.title: [judge(section, *claim) for claim in CLAIMS] for section in sections}
-    deciding = [name for name, found in verdicts.items() if any(verdict != "not enough runs" for verdict, _ in found)]
-    for i, (place, statement, *_) in enumerate(CLAIMS):
-        names = defaultdict(list)
-        for name in deciding or verdicts:
-            names[verdicts[name][i]].append(name)
-        lines = [f"- **{verdict}** ({'; '.join(names[verdict, why])}): {why}" for verdict, why in names]
-        yield "\n".join([f"{place}: **{statement}**\n", *sorted(lines)])
+    """Markdown: a line for each claim and each section that decides it; then what the others need."""
+    decided, undecided = [], []
+    for claim in CLAIMS:
+        place, statement, *_ = claim
+        verdicts = {section.title: judge(section, *claim) for section in sections}
+        for name, (verdict, numbers) in verdicts.items():
+            if verdict != "not enough runs":
+                decided.append(f"- **{verdict}**, {place}: {statement}. *{name}:* {numbers}")
+        if all(verdict == "not enough runs" for verdict, _ in verdicts.values()):
+            reasons = "; or ".join(dict.fromkeys(reason for _, reason in verdicts.values()))
+            undecided.append(f"- **not enough runs**, {place}: {statement}. It {reasons}")
+    return ["\n".join(lines) for lines in (decided, undecided) if lines]
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -599,13 +628,15 @@ def write(path, content):
 def table_rows(section, number):
     """The (method, depth, batch size) of the rows of a table; none if what makes it a table of its own was not run."""
     methods = list(dict.fromkeys(method for table, method, _ in TABLES if table == number))
-    run = {key[:2] for key in section.at if key[0] in methods and key[2] == BATCH and (number > 1 or key[1] == 16)}
+    run = {
+        key[:2] for key in section.at if key[0] in methods and key[2] == section.batch and (number > 1 or key[1] == 16)
+    }
     depths = {depth for _, depth in run}
     if len(depths) < 2 if number > 1 else not {"biases", "dropout", "biases+dropout"} & {method for method, _ in run}:
         return []
     if number > 1 and not section.differences(width=2):
         depths |= {16, 100, 1000}
-    keys = [(method, depth, BATCH) for depth in sorted(depths) for method in [*methods, *ALSO[number]]]
+    keys = [(method, depth, section.batch) for depth in sorted(depths) for method in [*methods, *ALSO[number]]]
     return [key for key in keys if key[0] in methods or key in section.at]
 
 
@@ -676,8 +707,10 @@ def section_report(section, home, curves):
         yield picture(f"fig{number}", draw_figure(section, number))
         network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
         yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
+    tabled = set()
     for number in (1, 2, 3):
         if keys := table_rows(section, number):
+            tabled |= set(keys)
             yield f"**Table {number}.** {protocol(section, width=4 if number == 1 else 2)}"
             yield table(section, keys, number)
     for metric in (ACCURACY, LOSS) if section.at else ():
@@ -685,7 +718,7 @@ def section_report(section, home, curves):
             if name == "rates" or curves:
                 yield picture(f"{name}_{metric.key}", small_multiples(section, draw, metric, label))
                 yield f"**{metric.name.capitalize()} against the {label}.** {draw.__doc__} {section.caption}."
-    if section.at:
+    if section.at.keys() - tabled:
         yield "**All grids.**"
         yield table(section, section.at)
 

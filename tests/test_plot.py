@@ -467,6 +467,17 @@ def test_claims_on_depth(tmp_path):
     assert verdict(tmp_path, "weakly dependent")[0] == "does not hold"
 
 
+@pytest.mark.parametrize("plain, expected", [((0.1, 2.3), "holds"), (NOTHING, "holds"), ((0.5, 1.5), "does not hold")])
+def test_claim_that_deep_networks_need_either(tmp_path, plain, expected):
+    """Also where the tables have another batch size than 64."""
+    write_grid(tmp_path, "none", accuracy=0.95, depth=16, bs=16)
+    for init in ("bn", "zeroinit"):
+        write_grid(tmp_path, init, accuracy=0.9, depth=52, bs=16)
+    assert verdict(tmp_path, "not without")[0] == "not enough runs"
+    write_run(tmp_path, "none", reached=plain, depth=52, bs=16)
+    assert verdict(tmp_path, "not without")[0] == expected
+
+
 def test_claim_94_percent_is_for_the_network_of_the_paper_only(tmp_path):
     for depth in (16, 1000):
         write_grid(tmp_path, "bn", accuracy=0.95, depth=depth, width=1)
@@ -516,7 +527,7 @@ def paper(tmp_path_factory):
 def test_report_has_every_claim_and_section(paper):
     text = (paper / "report" / "REPORT.md").read_text()
     for place, statement, *_ in plot.CLAIMS:
-        assert f"{place}: **{statement}**\n\n- **" in text
+        assert f"**, {place}: {statement}. " in text
     claims, wide, shapes = [part for part in text.split("\n# ") if not part.startswith("Files")]
     assert wide.startswith("CIFAR-10, width 4, 200 epochs, 15 seeds\n")
     assert shapes.startswith("shapes, width 1, 1 epoch, 1 seed\n")
