@@ -752,7 +752,7 @@ def main():
             print("".join(f"{grid.name}\t{power(rate)}\n" for rate in next_rates(grid)), end="")
     else:
         try:
-            print(report(args.results, records, problems, args.curves))
+            print(f"report: {report(args.results, records, problems, args.curves)}")
         except OSError as error:
             parser.exit(2, f"error: cannot write the report: {error}\n")
 

@@ -52,7 +52,7 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
     for depth in ${DEPTHS:-52 16}; do
         for init in ${INITS:-bn zeroinit none}; do
-            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 3"
+            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 4 --eval-every 2"
         done
     done
 }
@@ -161,7 +161,7 @@ sweep() { # run a target, extend its grids, draw the report
     local round more all
     all=$(lines "$target")
     run_missing <<<"$all" || return
-    for ((round = 1; ${#failed[@]} == 0; round++)); do
+    for ((round = 1; extend > 0 && ${#failed[@]} == 0; round++)); do
         more=$(edges <<<"$all")
         [ -n "$more" ] || break
         if ((round > extend)); then

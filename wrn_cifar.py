@@ -335,7 +335,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Images:
     elif args.data == "folder":
         train, test = load_folder(args.data_dir)
     else:
-        train, test = shapes(SHAPES, seed=0), shapes(2000, seed=1)
+        train, test = shapes(SHAPES, seed=0), shapes(1000, seed=1)
     return Images(args.data_name, train, test, device, args.pad_mode, args.train_size)
 
 

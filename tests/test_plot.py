@@ -533,7 +533,7 @@ def test_report_has_every_claim_and_section(paper):
     assert shapes.startswith("shapes, width 1, 1 epoch, 1 seed\n")
     assert "- 645 runs, 15 of them diverged\n" in wide
     assert "- device, precision, torch: cpu, bf16, 2.14; commit abc1234\n" in wide
-    assert "- **holds** (CIFAR-10, width 4, 200 epochs): B 64, 256, 1024: Batch Normalization" in claims
+    assert "*CIFAR-10, width 4, 200 epochs:* B 64, 256, 1024: Batch Normalization" in claims
     assert "CIFAR-10 instead" not in wide
     assert "Not the paper's protocol: data shapes instead of CIFAR-10, epochs 1 instead of 200, width 1" in shapes
     assert text.rstrip().endswith("- cifar-10/notes.json: not used (KeyError: 'config')")

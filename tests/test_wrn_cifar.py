@@ -34,7 +34,7 @@ def without_times(record):
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    """A test set of 100 images in place of 2,000."""
+    """A test set of 100 images in place of 1,000."""
     draw = wrn_cifar.shapes
     monkeypatch.setattr(wrn_cifar, "SHAPES", 96)
     monkeypatch.setattr(wrn_cifar, "shapes", lambda n, seed: draw(n if seed == 0 else 100, seed))
