@@ -282,24 +282,11 @@ def make_optimizer(net: nn.Module, wd: float, l2_all: bool, scalar_lr: float, mo
     return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, fused=True)
 
 
+@torch.no_grad()
 def l2_part(optimizer: torch.optim.SGD) -> float:
     """The L2 term of the objective, lambda/2 times the sum of squares of the decayed parameters."""
-    with torch.no_grad():
-        return sum(
-            0.5 * group["weight_decay"] * sum(float(p.double().square().sum()) for p in group["params"])
-            for group in optimizer.param_groups
-            if group["weight_decay"]
-        )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, or a GPU if there is one. Raises UserError where the name is of no device here."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).partition(chr(10))[0]}") from None
+    groups = optimizer.param_groups
+    return sum(0.5 * g["weight_decay"] * p.double().square().sum() for g in groups for p in g["params"]).item()
 
 
 def pick_precision(amp: str, device: torch.device) -> str:
@@ -317,6 +304,16 @@ def pick_precision(amp: str, device: torch.device) -> str:
 
 class UserError(Exception):
     """Something only the user can mend: shown as one line, exit code 2."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one. Raises UserError where the name is of no device here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -441,13 +438,11 @@ def train(run: Run, name: str, eval_every: int) -> dict:
                 return outcome(run, "diverged", history, diverged_at_step=step + 1)
         loss, right = (run.totals / (len(batches) * bs)).tolist()
         busy += time.perf_counter() - began
-        entry = {
-            "epoch": epoch + 1,
-            "lr": rate,
-            "train_loss": loss,
-            "l2": l2_part(run.optimizer),
-            "train_accuracy": right,
-        }
+        entry = {"epoch": epoch + 1, "lr": rate, "train_loss": loss, "l2": l2_part(run.optimizer)}
+        if not math.isfinite(loss + entry["l2"]):  # the epoch's last update
+            progress.close(f"diverged at update {step + 1}")
+            return outcome(run, "diverged", history, diverged_at_step=step + 1)
+        entry["train_accuracy"] = right
         if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
             entry["test_accuracy"] = run.test_accuracy()
         history.append(entry | {"seconds": time.perf_counter() - began})
@@ -515,15 +510,8 @@ def train_missing(runs: dict, build, load_data, device, amp="auto", micro=0, eva
                 f"{path} was made with other images ({known}, now {data.fingerprint}): choose another --out"
             )
     precision = pick_precision(amp, device)
-    about = {
-        "data": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "train_images": data.train_images,
-            "test_images": data.test_images,
-        },
-        "environment": environment(device, precision),
-    }
+    keys = ("name", "fingerprint", "train_images", "test_images")
+    about = {"data": {key: getattr(data, key) for key in keys}, "environment": environment(device, precision)}
     for path, config in missing.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config["seed"], "weights"))

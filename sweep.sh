@@ -10,6 +10,7 @@
 # BATCHES="64 256" LRS="2^-3 2^-2" INITS="bn zeroinit" DEPTHS="16 40" bash sweep.sh ...     replace a target's own grid
 # EXTEND=N        at most N times, try the next learning rate beyond an optimum on an edge [6; 0: never]
 
+# shellcheck disable=SC2329  # targets are called by name
 set -u
 
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 demo"
@@ -204,9 +205,11 @@ if [[ $target == demo ]]; then extend=0 jobs=${jobs:-$cores}; fi # its nets are 
 if [ -z "$jobs" ]; then jobs=$((gpus ? gpus : cores > 1 ? cores / 2 : 1)); fi
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then echo "error: --jobs should be a positive number, not '$jobs'" >&2; exit 2; fi
 if ((gpus == 0)); then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
-sweep || exit
+sweep
+code=$?
 if ((${#failed[@]})); then
     printf '\n%d commands failed; the same sweep makes what is missing:\n' "${#failed[@]}"
     printf '  %s\n' "${failed[@]}"
     exit 1
 fi
+exit $code

@@ -134,26 +134,27 @@ def test_batch_sizes_that_do_not_divide_the_images(bs):
 
 
 def test_crops_flips_and_standardization():
-    data = tiny_data(images=5, size=8)
-    image = data.pixels.view(5, 16, 16, 3)[2]  # zero padding of four pixels on each side
-    assert image[:4].sum() == 0 and image[:, 12:].sum() == 0 and image[4:12, 4:12].sum() > 0
+    data = tiny_data(images=5, size=32)
+    image = data.pixels.view(5, 40, 40, 3)[2]  # zero padding of four pixels on each side
+    assert image[:4].sum() == 0 and image[:, 36:].sum() == 0 and image[4:36, 4:36].sum() > 0
+    assert set(data.draw(0, 0)[:, 1:3].flatten().tolist()) <= set(range(9))
     rows = torch.tensor([[2, 4, 4, 0], [2, 1, 6, 1]])
     images, labels = data.train_batch(rows)
-    plain = (image[4:12, 4:12] / 255 - data.mean) / data.std
-    moved = ((image[1:9, 6:14] / 255 - data.mean) / data.std).flip(1)
+    plain = (image[4:36, 4:36] / 255 - data.mean) / data.std
+    moved = ((image[1:33, 6:38] / 255 - data.mean) / data.std).flip(1)
     torch.testing.assert_close(images, torch.stack([plain, moved]).permute(0, 3, 1, 2))
     assert labels.tolist() == [data.labels[2]] * 2
-    pixels = data.pixels.view(5, 16, 16, 3)[:, 4:12, 4:12].reshape(-1, 3).double() / 255
+    pixels = data.pixels.view(5, 40, 40, 3)[:, 4:36, 4:36].reshape(-1, 3).double() / 255
     torch.testing.assert_close(data.mean.double(), pixels.mean(0), rtol=1e-5, atol=0)
     torch.testing.assert_close(data.std.double(), pixels.std(0, unbiased=False), rtol=1e-5, atol=0)
 
 
 def test_reflect_padding():
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     pair = images, np.zeros(2, dtype=np.int64)
-    padded = wrn_cifar.Images("tiny", pair, pair, CPU, "reflect").pixels.view(2, 16, 16, 3).numpy()
-    assert (padded[:, 3] == padded[:, 5]).all() and (padded[:, 4:12, 4:12] == images).all()
+    padded = wrn_cifar.Images("tiny", pair, pair, CPU, "reflect").pixels.view(2, 40, 40, 3).numpy()
+    assert (padded[:, 3] == padded[:, 5]).all() and (padded[:, 4:36, 4:36] == images).all()
 
 
 def test_training_loss_is_cross_entropy_and_its_objective_adds_l2():

@@ -120,6 +120,13 @@ def test_a_diverged_run_is_a_result(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")} == before
 
 
+def test_a_run_whose_last_update_diverges_has_diverged(tmp_path):
+    flags = "--data shapes --depth 10 --width 1 --train-size 96 --bs 96 --epochs 1 --lr 1e4 --wd 1e38 --amp off"
+    assert script("--out", tmp_path, flags=flags) == 0
+    (record,) = records(tmp_path).values()
+    assert record["status"] == "diverged" and record["diverged_at_step"] == 1
+
+
 def test_what_decides_the_result_is_in_the_name():
     def names(flags):
         return [path.stem for path in wrn_cifar.configurations(wrn_cifar.parse_args(flags.split()))]
