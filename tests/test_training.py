@@ -157,16 +157,34 @@ def test_reflect_padding():
     assert (padded[:, 3] == padded[:, 5]).all() and (padded[:, 4:36, 4:36] == images).all()
 
 
-def test_training_loss_is_cross_entropy_and_its_objective_adds_l2():
+def test_losses_and_accuracies_by_hand():
+    """The training loss is the cross-entropy in train mode; its objective adds the L2 term."""
     run = tiny_run("--init none --epochs 1 --wd 0.01 --lr 2^-30")  # a rate at which the weights stay
     run.net = run.net.float()
     run.optimizer = common.make_optimizer(run.net, 0.01, False, 1.0, 0.9)
-    expected = []
+    losses, right = [], []
     for rows in run.batches(0):
         images, labels = run.data.train_batch(rows)
-        expected += (-run.net(images).log_softmax(1)[range(8), labels]).tolist()
+        logits = run.net(images)
+        losses += (-logits.log_softmax(1)[range(8), labels]).tolist()
+        right += (logits.argmax(1) == labels).tolist()
     record = common.train(run, "tiny", 1)
     l2 = 0.01 / 2 * sum((p**2).sum().item() for p in run.net.parameters())
     assert record["status"] == "done"
-    assert record["final"]["train_loss"] == pytest.approx(np.mean(expected), rel=1e-5)
-    assert record["final"]["train_objective"] == pytest.approx(np.mean(expected) + l2, rel=1e-5)
+    assert record["final"]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert record["final"]["train_objective"] == pytest.approx(np.mean(losses) + l2, rel=1e-5)
+    assert 0 < sum(right) < 24 and record["history"][0]["train_accuracy"] == np.mean(right)
+    ((images, labels),) = run.data.test_batches()
+    expected = (run.net(images).argmax(1) == labels).float().mean().item()
+    assert record["final"]["test_accuracy"] == pytest.approx(expected) and len(labels) == 10
+
+
+def test_each_seed_has_initial_weights_of_its_own(tmp_path, monkeypatch):
+    stems = []
+    monkeypatch.setattr(common, "train", lambda run, *_: stems.append(run.net.stem.weight.clone()) or {})
+    monkeypatch.setattr(common, "write_record", lambda *_: None)
+    for flags in ("--init none --seeds 2", "--init none --lr 1 --seed 1"):
+        args = wrn_cifar.parse_args(["--width", "1", "--bs", "8", "--out", str(tmp_path), *flags.split()])
+        runs = wrn_cifar.configurations(args)
+        common.train_missing(runs, wrn_cifar.make_net, tiny_data, CPU)
+    assert not torch.equal(stems[0], stems[1]) and torch.equal(stems[1], stems[2])
