@@ -529,7 +529,7 @@ def style(method, **changes):
 
 def crosses(axes, method, places):
     """Mark what diverged at the bottom, by the crossed out marker of its method and at a height of its own."""
-    height = [0.03 + 0.03 * list(METHODS).index(method)] * len(places)
+    height = [0.02 + 0.011 * list(METHODS).index(method)] * len(places)
     for marker in (METHODS[method][2], "x"):
         look = style(method, label=None, marker=marker, linestyle="none", fillstyle="none", markersize=6)
         axes.plot(places, height, transform=axes.get_xaxis_transform(), **look)

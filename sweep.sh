@@ -53,7 +53,7 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
     for depth in ${DEPTHS:-52 16}; do
         for init in ${INITS:-bn zeroinit none}; do
-            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 4 --eval-every 2"
+            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 4 --eval-every 2 --out demo"
         done
     done
 }
@@ -182,6 +182,7 @@ sweep() { # run a target, extend its grids, draw the report
 target=${1:-status}
 (($#)) && shift
 jobs="" dry="" out=results appended="" launched=0 failed=() extend=${EXTEND:-6}
+if [[ $target == demo ]]; then out=demo; fi
 while (($#)); do
     case $1 in
         --jobs) jobs=${2:-}; shift 2 || exit 2; continue ;;
