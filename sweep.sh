@@ -51,9 +51,9 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 }
 
 demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
-    for depth in ${DEPTHS:-52 16}; do
+    for depth in ${DEPTHS:-64 16}; do
         for init in ${INITS:-bn zeroinit none}; do
-            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 4 --eval-every 2 --out demo"
+            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 3 --eval-every 3 --out demo"
         done
     done
 }
