@@ -594,8 +594,11 @@ def small_multiples(section, draw, metric, label):
     columns = min(4, len(places))
     figure, panels = canvas(section, len(places), columns, *((3.2, 2.6) if columns > 1 else (5.5, 4)))
     for axes, place in zip(panels, places, strict=True):
-        for grid in (grid for key, grid in section.at.items() if key[1:] == place):
+        grids = [grid for key, grid in section.at.items() if key[1:] == place]
+        for grid in grids:
             draw(axes, grid, metric)
+        if not any(optimum(grid, metric) for grid in grids):
+            axes.set_yticks([])  # all diverged: there is no scale
         axes.set(title="{} layers, batch size {}".format(*place), xlabel=label, ylabel=metric.name + metric.unit)
     return figure
 
