@@ -1,7 +1,7 @@
 """Wide-ResNets on CIFAR-10: Figures 1 to 4 and Tables 1 to 3 of the paper, one run per learning rate and seed.
 
     python wrn_cifar.py --init zeroinit --bs 64 --lr 2^-2 --seeds 15    # one learning rate of Table 1's last row
-    python wrn_cifar.py --data shapes --depth 16 --width 1 --epochs 2   # a minute on a CPU, nothing to download
+    python wrn_cifar.py --data shapes --depth 16 --width 1 --epochs 2   # seconds on a CPU, nothing to download
 
 Each run leaves one JSON record in --out; runs that have theirs are skipped, so the same command completes a sweep.
 """
