@@ -310,6 +310,8 @@ def pick_device(name: str | None) -> torch.device:
     """The named device, or a GPU if there is one. Raises UserError where the name is of no device here."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:

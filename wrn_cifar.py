@@ -234,8 +234,10 @@ def load_folder(folder: Path, size: int = 32):
         with np.load(cache) as kept:
             if str(kept["key"]) == key:
                 return tuple((kept[f"{part}_images"], kept[f"{part}_labels"]) for part in ("train", "test"))
-    except (OSError, ValueError, KeyError):
-        pass  # no cache yet, or not ours
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged file can be wrong in any way
+        print(f"{cache} is damaged ({error}): decoding the images again", file=sys.stderr)
     label = {name: i for i, name in enumerate(sorted({p.parent.name for p in parts[0]}))}
     data = []
     for files in parts:

@@ -161,7 +161,8 @@ def test_micro_batches_are_only_about_memory(tmp_path):
      "--bs 1.5", "--epochs 0", "--width 0", "--seeds 0", "--seed -1", "--seeds 2 --seed 1",
      "--dropout 1", "--dropout nan",
      "--init bn --dropout 0.5", "--init batchnorm", "--ghost -1", "--init bn --bs 64 --ghost 16 --micro 24",
-     "--wd -1", "--momentum 1", "--data mnist", "--amp fp8", "--train-size 0", "--no-such-flag", "--device tpu9"],
+     "--wd -1", "--momentum 1", "--data mnist", "--amp fp8", "--train-size 0", "--no-such-flag",
+     "--device meta", "--device tpu9"],
 )  # fmt: skip
 def test_bad_flags_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys):
     try:
@@ -228,7 +229,7 @@ def image_folder(folder, size=32):
     return folder
 
 
-def test_a_folder_of_images_is_decoded_once(tmp_path, monkeypatch):
+def test_a_folder_of_images_is_decoded_once(tmp_path, monkeypatch, capsys):
     from PIL import Image
 
     folder = image_folder(tmp_path / "images")
@@ -243,6 +244,14 @@ def test_a_folder_of_images_is_decoded_once(tmp_path, monkeypatch):
         patch.setattr(wrn_cifar, "read_image", None)
         again = wrn_cifar.load_folder(folder)
     assert (again[0][0] == images).all() and (again[1][0] == test_images).all()
+    cache = folder / "cache-32px.npz"
+    whole = cache.read_bytes()
+    for damaged in (b"", whole[:100], whole[: len(whole) // 2], whole.replace(images.tobytes()[:8], bytes(8))):
+        assert damaged != whole
+        cache.write_bytes(damaged)
+        assert (wrn_cifar.load_folder(folder)[0][0] == images).all()  # decoded again
+        assert "damaged" in capsys.readouterr().err
+        assert cache.stat().st_size == len(whole)
     Image.fromarray(255 - images[4]).save(folder / "train" / "dog" / "1.png")  # a changed file is seen
     assert (wrn_cifar.load_folder(folder)[0][0][4] == 255 - images[4]).all()
 
