@@ -50,30 +50,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def make_parser() -> Parser:
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=show)
-    add = parser.add_argument_group("network").add_argument
-    add("--depth", type=positive, default=16, help="6n+4")
-    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
-    add("--init", choices=METHODS, default="zeroinit", help="the method, a row of the paper's tables")
-    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
-    add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
-    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")
+def add_shared_flags(parser: Parser, **defaults):
+    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--bs", "--batch-size", type=positive, default=64, help="images per update")
-    add("--lr", type=rate, nargs="+", default=[0.25], help="learning rates, one run each: 0.25 or 2^-2")
-    add("--epochs", type=positive, default=200, help="the budget; the learning rate schedule scales with it")
+    add("--bs", "--batch-size", type=positive, help="images per update")
+    add("--lr", type=rate, nargs="+", help="learning rates, one run each: 0.25 or 2^-2")
+    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
     add("--momentum", type=fraction, default=0.9, help="heavy ball")
-    add("--wd", type=coefficient, default=5e-4, help="L2 coefficient")
+    add("--wd", type=coefficient, help="L2 coefficient")
     add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
     add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", choices=("cifar10", "folder", "shapes"), default="cifar10", help="folder: DIR/{train,test}/CLASS/*")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or the folder of images")
-    add("--data-name", help="name of the images in records and reports [the folder's own name]")
-    add("--train-size", type=positive, help="train on this many images only")
-    add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
     group = parser.add_argument_group("runs")
     seeds = group.add_mutually_exclusive_group()
     seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
@@ -86,6 +72,26 @@ def make_parser() -> Parser:
     add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="read such command lines from stdin; print done, diverged and all runs")
+    parser.set_defaults(**defaults)
+
+
+def make_parser() -> Parser:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=show)
+    add = parser.add_argument_group("network").add_argument
+    add("--depth", type=positive, default=16, help="6n+4")
+    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
+    add("--init", choices=METHODS, default="zeroinit", help="the method, a row of the paper's tables")
+    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
+    add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
+    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=("cifar10", "folder", "shapes"), default="cifar10", help="folder: DIR/{train,test}/CLASS/*")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or the folder of images")
+    add("--data-name", help="name of the images in records and reports [the folder's own name]")
+    add("--train-size", type=positive, help="train on this many images only")
+    add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
+    add_shared_flags(parser, bs=64, lr=[0.25], epochs=200, wd=5e-4)
     return parser
 
 
@@ -93,43 +99,48 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Parse and check the flags; a bad one ends with one line and exit code 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    method = METHODS[args.init]
     if args.depth < 10 or (args.depth - 4) % 6:
         parser.error(f"argument --depth: should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {args.depth}")
-    if args.dropout is not None and not method.dropout:
-        parser.error(f"argument --dropout: --init {args.init} has no dropout")
-    ghost = min(args.ghost or args.bs, args.bs)
-    if method.norm and args.micro % ghost:
-        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+    check_shared_flags(parser, args)
     names = {"cifar10": "CIFAR-10", "shapes": "shapes", "folder": args.data_dir.resolve().name}
     args.data_name = args.data_name or names[args.data]
     return args
 
 
+def check_shared_flags(parser: Parser, args: argparse.Namespace):
+    """What must hold between the flags of either script."""
+    method, ghost = METHODS[args.init], min(args.ghost or args.bs, args.bs)
+    if args.dropout is not None and not method.dropout:
+        parser.error(f"argument --dropout: --init {args.init} has no dropout")
+    if method.norm and args.micro % ghost:
+        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+
+
 def configurations(args: argparse.Namespace) -> dict:
     """All runs that the flags ask for: the path of each record -> everything that decides its result."""
+    net = {"model": "wrn", "depth": args.depth, "width": args.width}
+    defaults = {"ghost": 64, "dropout": 0.6, "wd": 5e-4, "momentum": 0.9, "l2_all": False, "scalar_lr": 1.0}
+    defaults |= {"base_init": "lecun", "pad_mode": "zeros", "train_size": None}
+    return one_per_rate_and_seed(args, f"wrn{args.depth}-{args.width}", net, defaults)
+
+
+def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defaults: dict) -> dict:
+    """The runs of either script: their names begin with `prefix` and hold each flag that is not as in `defaults`.
+
+    Methods without batch norm have no ghost batches and those without dropout a probability of zero, by default.
+    """
     method = METHODS[args.init]
-    defaults = {
-        "ghost": min(64, args.bs) if method.norm else None,
-        "dropout": 0.6 if method.dropout else 0.0,
-        "wd": 5e-4,
-        "momentum": 0.9,
-        "l2_all": False,
-        "scalar_lr": 1.0,
-        "base_init": "lecun",
-        "pad_mode": "zeros",
-        "train_size": None,
-    }
-    shared = {key: getattr(args, key) for key in ("depth", "width", "init", "bs", "epochs", *defaults)}
+    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
+    defaults["dropout"] *= method.dropout
+    shared = net | {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
     shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
     slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
     runs = {}
     for lr in args.lr:
         for seed in range(args.seeds) if args.seed is None else [args.seed]:
-            config = {"model": "wrn", "data": args.data_name, "lr": lr, "seed": seed} | shared
-            name = common.run_name(f"wrn{args.depth}-{args.width}", config, defaults)
-            runs[args.out / slug / f"{name}.json"] = config
+            config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
+            runs[args.out / slug / f"{common.run_name(prefix, config, defaults)}.json"] = config
     return runs
 
 
