@@ -140,7 +140,7 @@ def list_images(folder: Path):
 
 
 def decode(path: str) -> torch.Tensor:
-    """An image file as RGB, uint8 (3, H, W), whatever its format and mode; its rotation tag is ignored.
+    """An image file as RGB, uint8 (H, W, 3), whatever its format and mode; its rotation tag is ignored.
 
     Raises UserError if it cannot be read.
     """
@@ -148,11 +148,11 @@ def decode(path: str) -> torch.Tensor:
         data = np.fromfile(path, np.uint8)
         if decode_jpeg and data[:3].tobytes() == b"\xff\xd8\xff":
             try:
-                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
+                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0)
             except RuntimeError:
                 pass  # PIL says what is wrong, or can read it
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable image ({error})") from None
 
@@ -177,21 +177,22 @@ def crop_box(number: int, height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def random_crop(image: torch.Tensor, number: int, size: int) -> torch.Tensor:
-    """The crop that a number stands for, resized to (3, size, size)."""
-    top, left, height, width = crop_box(number, *image.shape[1:])
-    return resize(image[:, top : top + height, left : left + width], size, size)
+    """The crop that a number stands for, resized to (size, size, 3)."""
+    top, left, height, width = crop_box(number, *image.shape[:2])
+    return resize(image[top : top + height, left : left + width], size, size)
 
 
 def centre_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """The middle (3, size, size) of an image whose shorter side is resized to 256/224 of that."""
-    side, short = size * 256 // 224, min(image.shape[1:])
-    height, width = (int(side * length / short) for length in image.shape[1:])
+    """The middle (size, size, 3) of an image whose shorter side is resized to 256/224 of that."""
+    side, short = size * 256 // 224, min(image.shape[:2])
+    height, width = (int(side * length / short) for length in image.shape[:2])
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return resize(image, height, width)[:, top : top + size, left : left + size]
+    return resize(image, height, width)[top : top + size, left : left + size]
 
 
 def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    image = image[None].permute(0, 3, 1, 2)  # in this order the memory layout is seen to be channels last
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -212,14 +213,13 @@ class Decoder(Dataset):
         try:
             for image, (index, _, crop) in zip(images, rows.tolist(), strict=True):
                 whole = self.read(self.sources[index])
-                part = centre_crop(whole, self.size) if crop == CENTRE else random_crop(whole, crop, self.size)
-                image.copy_(part.permute(1, 2, 0))
+                image[:] = centre_crop(whole, self.size) if crop == CENTRE else random_crop(whole, crop, self.size)
         except UserError as error:
             return error
         return images, torch.from_numpy(rows[:, 1] == 1), torch.from_numpy(self.labels[rows[:, 0]])
 
     def read(self, source) -> torch.Tensor:
-        return decode(os.fsdecode(source)) if isinstance(source, bytes) else torch.from_numpy(source).permute(2, 0, 1)
+        return decode(os.fsdecode(source)) if isinstance(source, bytes) else torch.from_numpy(source)
 
 
 class ImageNet:
