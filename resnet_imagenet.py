@@ -207,7 +207,7 @@ class Decoder(Dataset):
     def __getitem__(self, rows: np.ndarray):
         """Images, uint8 (B, size, size, 3), whether to flip them, bool (B,), and labels, int64 (B,), of rows (B, 3).
 
-        A file that is no image gives a UserError; raised in a worker, it would come out inside a traceback.
+        Or what is wrong with a file: an error raised in a worker would come out inside a traceback.
         """
         images = torch.empty((len(rows), self.size, self.size, 3), dtype=torch.uint8)
         try:
@@ -215,7 +215,7 @@ class Decoder(Dataset):
                 whole = self.read(self.sources[index])
                 image[:] = centre_crop(whole, self.size) if crop == CENTRE else random_crop(whole, crop, self.size)
         except UserError as error:
-            return error
+            return str(error)
         return images, torch.from_numpy(rows[:, 1] == 1), torch.from_numpy(self.labels[rows[:, 0]])
 
     def read(self, source) -> torch.Tensor:
@@ -236,7 +236,7 @@ class ImageNet:
         self.train_images, self.test_images = len(train[0]), len(val[0])
         self.decoder = Decoder(*(np.concatenate(pair) for pair in zip(train, val, strict=True)), size)
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (MEAN, STD))
-        self.idle = []  # loaders that no feed uses
+        self.loaders, self.idle = [], []  # all, so that none is garbage while it has workers; and those not in use
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:
         """The rows of the training images in an epoch's order, int64 (N, 3)."""
@@ -255,8 +255,8 @@ class ImageNet:
         loader.sampler[:] = [rows.numpy() for rows in batches]
         try:
             for parts in loader:
-                if isinstance(parts, UserError):
-                    raise parts
+                if isinstance(parts, str):
+                    raise UserError(parts)
                 ready.append([part.to(self.device, non_blocking=True) for part in parts])
                 if len(ready) > 1:
                     yield ready.pop(0)
@@ -266,7 +266,7 @@ class ImageNet:
 
     def start_workers(self) -> DataLoader:
         """A loader whose sampler is a list of batches, to be filled for each feed; its workers stay."""
-        return DataLoader(
+        loader = DataLoader(
             self.decoder,
             sampler=[],
             batch_size=None,  # each item is a batch
@@ -276,6 +276,8 @@ class ImageNet:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # leaves the global one alone
         )
+        self.loaders.append(loader)
+        return loader
 
     def train_batch(self, images, flips, labels):
         """Images (B, 3, S, S), channels last, flipped where they should be and standardized, and their labels (B,)."""
