@@ -23,8 +23,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import common
+import records
 import wrn_cifar
-from common import METHODS, UserError
+from common import METHODS
+from records import UserError
 from wrn_cifar import SHAPES, Parser, fraction, natural, positive, shapes
 
 try:  # what PIL does, to the bit, in less time; torchvision means to give it up some day
@@ -65,8 +67,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Parse and check the flags; a bad one ends with one line and exit code 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.init == "zeroinit+bias" and args.arch != "v1":
-        parser.error("argument --init: zeroinit+bias is for --arch v1, whose blocks end with a ReLU")
+    if METHODS[args.init].last_bias and args.arch != "v1":
+        parser.error(f"argument --init: {args.init} is for --arch v1, whose blocks end with a ReLU")
     wrn_cifar.check_shared_flags(parser, args)
     args.stride_on = args.stride_on or STRIDE_ON[args.arch]
     args.data_name = args.data_name or ("shapes" if args.data == "shapes" else args.data_dir.resolve().name)
@@ -314,7 +316,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> ImageNet:
 def main():
     args = parse_args()
     if args.status:
-        return common.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
+        return records.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
 
     def build(config):
@@ -332,4 +334,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(common.exit_code(main))
+    sys.exit(records.exit_code(main))

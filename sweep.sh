@@ -91,7 +91,7 @@ lines() { # the command lines of a target, with what the user appended
     "$1" | sed "s/ *$//" | while IFS= read -r line; do printf '%s%s\n' "$line" "$appended"; done
 }
 
-status() { # command lines -> done, diverged, all runs, grid and the line itself, separated by tabs
+status() { # command lines -> done, diverged, running, all runs, grid and the line itself, separated by tabs
     "$python" "$here/wrn_cifar.py" --status
 }
 
@@ -100,7 +100,7 @@ overview() {
     rows=$(for target in $targets; do lines "$target" | sed "s/$/ # $target/"; done | status) || exit
     printf '%-8s %6s %6s %9s\n' target runs 'done' diverged
     for target in $targets; do
-        awk -F '\t' -v t="$target" '$5 ~ " # " t "$" {d += $1; v += $2; n += $3}
+        awk -F '\t' -v t="$target" '$6 ~ " # " t "$" {d += $1; v += $2; n += $4}
             END {printf "%-8s %6d %6d %9d\n", t, n, d, v}' <<<"$rows"
     done
 }
@@ -129,7 +129,7 @@ run_missing() { # run what is missing of the command lines on stdin, $jobs at a 
     local -A line_of=() slot_of=() runs_of=() log_of=()
     local slots=() todo=() words=() gpu=(env)
     rows=$(status) || return 2
-    while IFS=$'\t' read -r have _ all _ line; do
+    while IFS=$'\t' read -r have _ _ all _ line; do
         if ((have < all)); then todo+=("$((all - have)) $line") && ((wanted += all - have)); fi
     done <<<"$rows"
     echo "$target: $wanted runs to make by ${#todo[@]} commands, $jobs at a time"
@@ -153,9 +153,9 @@ run_missing() { # run what is missing of the command lines on stdin, $jobs at a 
 
 edges() { # for each of the command lines on stdin whose grid has an optimum on an edge, the lines of the next rates
     awk -F '\t' 'NR == FNR {next_of[$1] = next_of[$1] " " $2; next}
-        $4 in next_of {n = split(next_of[$4], rates, " ")
-            for (i = 1; i <= n; i++) {line = $5; sub(/ --lr( [^- ][^ ]*)+/, " --lr " rates[i], line); print line}
-            delete next_of[$4]}' <("$python" "$here/plot.py" "$out" --edges) <(status)
+        $5 in next_of {n = split(next_of[$5], rates, " ")
+            for (i = 1; i <= n; i++) {line = $6; sub(/ --lr( [^- ][^ ]*)+/, " --lr " rates[i], line); print line}
+            delete next_of[$5]}' <("$python" "$here/plot.py" "$out" --edges) <(status)
 }
 
 sweep() { # run a target, extend its grids, draw the report

@@ -9,7 +9,6 @@ Each run leaves one JSON record in --out; runs that have theirs are skipped, so 
 import argparse
 import fcntl
 import hashlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,7 +18,9 @@ import torch
 from tqdm import tqdm
 
 import common
-from common import METHODS, UserError, WideResNet
+import records
+from common import METHODS, WideResNet
+from records import UserError
 
 SHAPES = 4096  # training images of the generated data
 
@@ -67,9 +68,14 @@ def add_shared_flags(parser: Parser, **defaults):
     add = group.add_argument
     add("--out", type=Path, default=Path("results"), help="folder of the records")
     add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
+    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
+    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
     add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
     add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
+    add("--concurrent", type=natural, default=0, help="runs to train at once in this process; 0: chosen for speed")
+    add("--compile", action="store_true", help="let torch.compile make the kernels")
+    add("--eager", action="store_true", help="no CUDA graphs")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="read such command lines from stdin; print done, diverged and all runs")
     parser.set_defaults(**defaults)
@@ -141,7 +147,7 @@ def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defa
     for lr in args.lr:
         for seed in range(args.seeds) if args.seed is None else [args.seed]:
             config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
-            runs[args.out / slug / f"{common.run_name(prefix, config, defaults)}.json"] = config
+            runs[args.out / slug / f"{records.run_name(prefix, config, defaults)}.json"] = config
     return runs
 
 
@@ -153,6 +159,8 @@ class Images:
 
     `train` and `test` are pairs of uint8 images (N, H, W, 3) and int64 labels (N,).
     """
+
+    on_device = True
 
     def __init__(self, name, train, test, device, pad_mode="zeros", train_size=None):
         digest = hashlib.sha256()
@@ -168,38 +176,44 @@ class Images:
         self.train_images, self.test_images = len(images), len(test[0])
         self.size, self.pad = images.shape[1], images.shape[1] // 8  # four pixels of zeros around 32x32
         pixels = images.reshape(-1, 3) / np.float32(255)
-        self.mean, self.std = (torch.tensor(f(pixels, axis=0), device=device) for f in (np.mean, np.std))
+        mean, std = pixels.mean(0), pixels.std(0).clip(1e-6)
+        self.scale, self.shift = (torch.tensor(x, device=device) for x in (1 / (255 * std), -mean / std))
         border = (0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)
         padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
         self.side = padded.shape[1]
-        self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
-        self.test = torch.from_numpy(test[0]).to(device), torch.from_numpy(test[1]).to(device)
+        self.pixels, self.labels = torch.from_numpy(padded.reshape(-1, 3)).to(device), torch.from_numpy(labels)
+        crop = torch.arange(self.size)[:, None] * self.side + torch.arange(self.size)
+        self.crop = torch.stack([crop.flatten(), crop.flip(1).flatten()]).to(
+            device
+        )  # its pixels, as they are or flipped
+        self.test = torch.from_numpy(test[0]).flatten(1, 2).to(device), torch.from_numpy(test[1]).to(device)
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:
-        """The training images in an epoch's order: rows (index, first pixel row, first pixel column, flip)."""
+        """The training images in an epoch's order: rows (the crop's first pixel in `pixels`, flip, label)."""
         generator = torch.Generator().manual_seed(common.stream_seed(seed, "data", epoch))
         order = torch.randperm(self.train_images, generator=generator)
         corner = torch.randint(2 * self.pad + 1, (2, self.train_images), generator=generator)
         flip = torch.randint(2, (self.train_images,), generator=generator)
-        return torch.stack([order, *corner, flip], 1).to(self.device)
+        first = (order * self.side + corner[0]) * self.side + corner[1]
+        return torch.stack([first, flip, self.labels[order]], 1).to(self.device)
+
+    def feed(self, batches):
+        return ((rows,) for rows in batches)
 
     def train_batch(self, rows: torch.Tensor):
         """The images and labels that rows describe: cropped, flipped, standardized, (B, 3, H, W) channels last."""
-        index, top, left, flip = rows.unbind(1)
-        along = torch.arange(self.size, device=self.device)
-        down = (index * self.side + top)[:, None] + along
-        across = left[:, None] + torch.where(flip[:, None] == 1, self.size - 1 - along, along)
-        images = self.pixels[down[:, :, None] * self.side + across[:, None, :]]
-        return self.standardize(images), self.labels[index]
+        first, flip, labels = rows.unbind(1)
+        return self.standardize(self.pixels[first[:, None] + self.crop[flip]]), labels
 
-    def test_batches(self, bs: int = 500):
-        """All test images in order, as they are."""
-        for images, labels in zip(self.test[0].split(bs), self.test[1].split(bs), strict=True):
-            yield self.standardize(images), labels
+    def test_batches(self, rank: int = 0, world: int = 1, bs: int = 500):
+        """A rank's share of the test images, as they are."""
+        images, labels = (part[rank::world].to(self.device) for part in self.test)
+        yield from zip(map(self.standardize, images.split(bs)), labels.split(bs), strict=True)
 
     def standardize(self, images):
-        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        """uint8 (B, H * W, 3) to float (B, 3, H, W)."""
+        images = torch.addcmul(self.shift, images, self.scale)
+        return images.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
 
 
 def load_cifar10(folder: Path):
@@ -256,7 +270,7 @@ def load_folder(folder: Path, size: int = 32):
         images = [read_image(p, size) for p in tqdm(files, "decoding", unit=" images", disable=not sys.stderr.isatty())]
         data.append((np.stack(images), np.array([label[p.parent.name] for p in files], dtype=np.int64)))
     try:
-        with common.atomic_write(cache) as file:
+        with records.atomic_write(cache) as file:
             (images, labels), (test_images, test_labels) = data
             np.savez(
                 file,
@@ -370,15 +384,12 @@ def count_images(args: argparse.Namespace) -> int:
 def main():
     args = parse_args()
     if args.status:
-        return common.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
+        return records.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
     if args.dry_run:
-        return common.print_plan(runs, make_net, count_images(args))
-    device = common.pick_device(args.device)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    print(json.dumps(flags), flush=True)
-    common.train_missing(runs, make_net, lambda: load_data(args, device), device, args.amp, args.micro, args.eval_every)
+        return common.print_plan(runs, make_net, count_images(args), args)
+    common.train_missing(runs, make_net, lambda device: load_data(args, device), args)
 
 
 if __name__ == "__main__":
-    sys.exit(common.exit_code(main))
+    sys.exit(records.exit_code(main))

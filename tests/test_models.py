@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import METHODS, GhostBatchNorm2d, ScalarBias, WideResNet, dropout, power, run_name
+from common import METHODS, GhostBatchNorm2d, ScalarBias, WideResNet, dropout
+from records import power, run_name
 
 PARAMETERS = {  # (depth, width): bn, none, zeroinit
     (16, 4): (2_748_890, 2_745_264, 2_747_536),

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-import common
+import records
 import resnet_imagenet
-from common import UserError
+from records import UserError
 from resnet_imagenet import CENTRE, ImageNet, centre_crop, crop_box, decode, list_images, parse_args, random_crop
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
 
 def complaint(folder: Path, capsys) -> str:
     """The line with which the folder is refused."""
-    assert common.exit_code(lambda: list_images(folder)) == 2
+    assert records.exit_code(lambda: list_images(folder)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     return message.removeprefix("error: --data-dir: ").rstrip("\n")
@@ -453,12 +453,12 @@ def test_a_damaged_file_ends_in_one_line_from_a_worker_too(tmp_path, workers, ca
     data = open_folder(make_folder(tmp_path), workers=workers)
     broken = tmp_path / "train" / "n02" / "n02_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])
-    assert common.exit_code(lambda: list(data.feed([*data.draw(0, 0).split(2)]))) == 2
+    assert records.exit_code(lambda: list(data.feed([*data.draw(0, 0).split(2)]))) == 2
     message = capfd.readouterr().err
     assert message.startswith(f"error: {broken} is not a readable image (") and message.count("\n") == 1
     text = tmp_path / "val" / "n01" / "n01_0.JPEG"
     text.write_text("404 Not Found")
-    assert common.exit_code(lambda: list(data.test_batches())) == 2
+    assert records.exit_code(lambda: list(data.test_batches())) == 2
     message = capfd.readouterr().err
     assert message.startswith(f"error: {text} is not a readable image (") and message.count("\n") == 1
 

@@ -11,7 +11,7 @@ import torch
 
 import common
 import wrn_cifar
-from common import UserError
+from records import UserError, exit_code
 
 CPU = torch.device("cpu")
 QUICK = "--data shapes --depth 10 --width 1 --train-size 96 --bs 32 --epochs 2 --amp off --device cpu"
@@ -20,7 +20,7 @@ QUICK = "--data shapes --depth 10 --width 1 --train-size 96 --bs 32 --epochs 2 -
 def script(*argv, flags=QUICK):
     """Run wrn_cifar.py in this process."""
     sys.argv = ["wrn_cifar.py", *flags.split(), *map(str, argv)]
-    return common.exit_code(wrn_cifar.main)
+    return exit_code(wrn_cifar.main)
 
 
 def records(out):
@@ -340,5 +340,5 @@ def test_status_reads_command_lines(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", [line + " # table1\n", "\n"])
     assert script("--status", flags="") == 0
-    expected = f"1\t0\t2\tshapes/wrn10-1_zeroinit_bs32_ep2_trainsize96\t{line} # table1\n"
+    expected = f"1\t0\t0\t2\tshapes/wrn10-1_zeroinit_bs32_ep2_trainsize96\t{line} # table1\n"
     assert capsys.readouterr().out == expected
