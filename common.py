@@ -829,6 +829,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a record calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def agreed(value):
     """The first rank's value, on every rank."""
     box = [value]
@@ -865,14 +870,17 @@ def train_missing(runs: dict, build, load_data, args, drops=10):
             net = build(config)
         return Run(config, net, data, device, precision, args.micro, drops, args.compile)
 
-    # Small batches leave most of a GPU idle; on a CPU, runs one after the other are as fast.
-    several = max(1, min(16, 1024 // todo[0][1]["bs"])) if device.type == "cuda" and ranks()[1] == 1 else 1
-    limit = args.concurrent or several
+    limit = args.concurrent or side_by_side(device, todo[0][1]["bs"])
     with signals_ask_to_stop():
         while todo:
             limit = train_group(todo, limit, start, args)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def side_by_side(device: torch.device, bs: int) -> int:
+    """How many runs to train at once: small batches leave a GPU idle; on a CPU one after the other is as fast."""
+    return max(1, min(16, 1024 // bs)) if device.type == "cuda" and ranks()[1] == 1 else 1
 
 
 @contextlib.contextmanager
@@ -969,7 +977,7 @@ def finish(path: Path, run: Run, args, concurrent: int):
     keys = ("name", "fingerprint", "train_images", "test_images")
     environment = records.environment() | {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "cpu",
+        "device": device_name(run.device),
         "threads": torch.get_num_threads(),
         "precision": pick_precision(args.amp, run.device),
         "ranks": run.world,

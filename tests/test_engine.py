@@ -55,7 +55,7 @@ def test_an_update_is_few_operations_and_never_read_by_the_host(init, precision)
 
 
 def train_all(out, flags, **options):
-    """Run wrn_cifar on little generated data; returns the records by name."""
+    """Run wrn_cifar on little generated data (flags may override these); returns the records by name."""
     line = f"--data shapes --depth 10 --width 1 --bs 16 --train-size 96 --epochs 2 --device cpu --out {out} {flags}"
     args = wrn_cifar.parse_args(line.split())
     with pytest.MonkeyPatch.context() as patch:

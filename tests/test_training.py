@@ -13,14 +13,14 @@ from common import METHODS, Run, epoch_end, learning_rate
 CPU = torch.device("cpu")
 
 
-def tiny_data(images=24, size=8, test=10):
+def tiny_data(images=24, size=8, test=10, device=CPU):
     """Random images: what is learned does not matter here."""
     rng = np.random.default_rng(3)
 
     def part(n):
         return rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8), rng.integers(0, 10, n)
 
-    return wrn_cifar.Images("tiny", part(images), part(test), CPU)
+    return wrn_cifar.Images("tiny", part(images), part(test), device)
 
 
 def tiny_run(flags="", data=None, micro=0):
