@@ -58,8 +58,8 @@ def make_parser() -> Parser:
     add("--data-name", help="name of the images in records and reports [the folder's own name]")
     add("--image-size", type=positive, default=224, help="pixels of a side of what the net sees")
     add("--workers", type=natural, help="processes that decode images, for each rank [its share of the cores]")
-    wrn_cifar.add_shared_flags(parser, bs=256, lr=[0.125], epochs=90, wd=1e-4, eval_every=1)
-    parser.add_argument("--eval-only", type=Path, metavar="CHECKPOINT", help="print its validation accuracy, and stop")
+    wrn_cifar.add_shared_flags(parser, bs=256, lr=[0.125], epochs=90, wd=1e-4, eval_every=1, concurrent=1)
+    parser.add_argument("--eval-only", action="store_true", help="print the accuracy of the checkpoints, and stop")
     return parser
 
 
@@ -72,15 +72,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     wrn_cifar.check_shared_flags(parser, args)
     args.stride_on = args.stride_on or STRIDE_ON[args.arch]
     args.data_name = args.data_name or ("shapes" if args.data == "shapes" else args.data_dir.resolve().name)
-    if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else default_workers()
+    if args.workers is None:  # 32 keep up with any GPU
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        share = min(32, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args.workers = share if args.data == "folder" else 0
     return args
-
-
-def default_workers() -> int:
-    """The cores that this process may use, shared with the other ranks of the machine; 32 keep up with any GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(32, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def configurations(args: argparse.Namespace) -> dict:
@@ -313,6 +309,20 @@ def load_data(args: argparse.Namespace, device: torch.device) -> ImageNet:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
+def print_accuracy(runs: dict, build, args: argparse.Namespace):
+    """Print the validation accuracy of the runs' checkpoints. Raises UserError where there is none."""
+    device = common.pick_device(args.device)
+    data, precision = load_data(args, device), common.pick_precision(args.amp, device)
+    for path, config in runs.items():
+        run = common.Run(config, build(config), data, device, precision, args.micro, HALVINGS, args.compile)
+        state = records.read_checkpoint(path, run.state()["config"])
+        if state is None:
+            raise UserError(f"--eval-only: there is no checkpoint {records.checkpoint_files(path)[0]}")
+        run.load(state)
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
+        records.say(f"{path.stem}: after {run.updates:,} updates, {shares}")
+
+
 def main():
     args = parse_args()
     if args.status:
@@ -328,7 +338,7 @@ def main():
         images = SHAPES if args.data == "shapes" else len(list_images(args.data_dir)[0][0])
         common.print_plan(runs, build, images, args, drops=HALVINGS)
     elif args.eval_only:
-        common.evaluate(args.eval_only, runs, build, functools.partial(load_data, args), args)
+        print_accuracy(runs, build, args)
     else:
         common.train_missing(runs, build, functools.partial(load_data, args), args, drops=HALVINGS)
 

@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import hashlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace):
     """What must hold between the flags of either script."""
-    method, ghost = METHODS[args.init], min(args.ghost or args.bs, args.bs)
+    method, share = METHODS[args.init], max(1, args.bs // int(os.environ.get("WORLD_SIZE", 1)))
+    ghost = min(args.ghost or args.bs, share)
     if args.dropout is not None and not method.dropout:
         parser.error(f"argument --dropout: --init {args.init} has no dropout")
     if method.norm and args.micro % ghost:

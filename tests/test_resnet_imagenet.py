@@ -2,8 +2,12 @@
 
 import gc
 import io
+import json
 import multiprocessing
 import os
+import re
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import common
 import records
 import resnet_imagenet
+import wrn_cifar
 from records import UserError
 from resnet_imagenet import CENTRE, ImageNet, centre_crop, crop_box, decode, list_images, parse_args, random_crop
 
@@ -80,6 +86,7 @@ def test_names_hold_what_decides_the_result():
     changes += ",--base-init he-in,--stride-on 1x1,--image-size 64,--seed 1"
     assert len({*base, *(names(f"--init bn {flag}")[0] for flag in changes.split(","))}) == 14
     assert names("--dropout 0.5") != names("")
+    assert names("--arch v1 --init zeroinit+bias") == ["resnet50-v1_zeroinit+bias_bs256_lr2^-3_ep90_s00"]
 
 
 def test_the_configuration_has_everything_resolved(tmp_path):
@@ -100,6 +107,7 @@ def test_the_configuration_has_everything_resolved(tmp_path):
     [
         ("--init bn --dropout 0.5", "argument --dropout: --init bn has no dropout"),
         ("--init bn --micro 100", "argument --micro: should be a multiple of the 256 images of a ghost batch"),
+        ("--init zeroinit+bias", "argument --init: zeroinit+bias is for --arch v1, whose blocks end with a ReLU"),
         ("--arch v3", "argument --arch: invalid choice"),
         ("--data cifar10", "argument --data: invalid choice"),
         ("--init nonsense", "argument --init: invalid choice"),
@@ -116,6 +124,14 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(flags, complaint, capsys):
     message = capsys.readouterr().err
     assert end.value.code == 2
     assert message.startswith(f"error: {complaint}") and message.count("\n") == 1
+
+
+def test_passes_may_be_a_ranks_part_of_a_ghost_batch(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_args(["--init", "bn", "--bs", "512", "--micro", "128"]).micro == 128  # half a ghost batch on each rank
+    with pytest.raises(SystemExit):
+        parse_args(["--init", "bn", "--bs", "512", "--micro", "64"])
+    assert "--micro: should be a multiple of the 128 images" in capsys.readouterr().err
 
 
 def test_workers_share_the_cores_of_a_machine(monkeypatch):
@@ -484,3 +500,128 @@ def test_shapes_go_the_same_way(monkeypatch):
 
 def test_the_mark_of_validation_is_no_random_number(tmp_path):
     assert CENTRE < 0 <= open_folder(make_folder(tmp_path)).draw(0, 0).min()
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+def script(flags: str, *more) -> int:
+    """Run resnet_imagenet.py in this process."""
+    sys.argv = ["resnet_imagenet.py", "--device", "cpu", "--amp", "off", *flags.split(), *map(str, more)]
+    return records.exit_code(resnet_imagenet.main)
+
+
+def the_record(out: Path) -> dict:
+    (path,) = out.glob("*/*.json")
+    return json.loads(path.read_text())
+
+
+def without_times(history: list) -> list:
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "data_wait")} for entry in history]
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """A network of the same interface that takes no time."""
+
+    def build(version, init, num_classes, ghost, dropout, base_init, stride_on):
+        assert (version, stride_on) == ("v2", "3x3")
+        return common.WideResNet(10, 1, init, num_classes, ghost, dropout, base_init)
+
+    monkeypatch.setattr(common, "ResNet50", build)
+
+
+def test_the_plan_is_the_papers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(resnet_imagenet, "SHAPES", 512 * 2500)  # as many as ImageNet has, or nearly
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    flags = "--data shapes --arch v1 --init bn --bs 512 --lr 2^-2 2^-1 --micro 64 --dry-run --out"
+    assert script(flags, tmp_path) == 0
+    plan = capsys.readouterr().out
+    assert f"ResNet50 bn: {25_557_032 - 990 * 2049:,} trainable parameters" in plan  # ten classes, not 1,000
+    assert "1,280,000 images, batches of 512: 225,000 updates in 90 epochs" in plan
+    assert "constant for 112,500 updates, then halved 9 times" in plan
+    assert "8 ranks, each 64 images of a batch in passes of 64, ghost batches of 256 over 4 ranks" in plan
+    assert plan.count("missing") == 2 and f"{tmp_path}/shapes/resnet50-v1_bn_bs512_lr2^-2_ep90_s00.json" in plan
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_plan_counts_the_images_and_classes_of_the_folder(tmp_path, capsys):
+    make_folder(tmp_path / "photographs", classes=("a", "b", "c"))
+    flags = "--arch v1 --bs 2 --epochs 4 --dry-run --data-dir"
+    assert script(flags, tmp_path / "photographs") == 0
+    plan = capsys.readouterr().out
+    assert "9 images, batches of 2: 18 updates in 4 epochs" in plan
+    assert f"ResNet50 zeroinit: {25_530_488 - 997 * 2049:,} trainable parameters" in plan
+    assert script(flags, tmp_path / "absent") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_resnet50_trains_on_shapes(tmp_path, monkeypatch):
+    monkeypatch.setattr(resnet_imagenet, "SHAPES", 8)
+    monkeypatch.setattr(resnet_imagenet, "shapes", lambda n, seed, size: wrn_cifar.shapes(min(n, 20), seed, size))
+    flags = "--data shapes --image-size 32 --init zeroinit --bs 4 --lr 2^-6 --epochs 1 --seed 5 --out"
+    assert script(flags, tmp_path) == 0
+    record = the_record(tmp_path)
+    assert record["status"] == "done" and record["config"]["model"] == "resnet50" and record["config"]["seed"] == 5
+    assert 0 <= record["final"]["test_accuracy"] <= record["final"]["test_top5"] <= 1
+    assert record["data"]["name"] == "shapes" and record["data"]["train_images"] == 8
+
+
+def test_a_record_is_the_same_for_any_number_of_workers(tmp_path, small_net):
+    classes = [f"n{i}" for i in range(6)]
+    folder = make_folder(tmp_path / "photographs", train=5, val=1, classes=classes)
+    for workers in (0, 2):
+        flags = f"--image-size 32 --bs 8 --lr 2^-4 --epochs 3 --workers {workers} --data-dir {folder} --out"
+        assert script(flags, tmp_path / str(workers)) == 0
+    alone, several = (the_record(tmp_path / str(workers)) for workers in (0, 2))
+    assert without_times(alone["history"]) == without_times(several["history"]) and alone["final"] == several["final"]
+    about = {"name": "photographs", "fingerprint": list_images(folder)[2], "train_images": 30, "test_images": 6}
+    assert alone["data"] == about
+
+
+def test_the_learning_rate_is_halved_as_the_paper_says(tmp_path, small_net):
+    folder = make_folder(tmp_path / "photographs", train=1, val=1, classes=[f"n{i}" for i in range(6)])
+    flags = f"--image-size 16 --bs 6 --lr 2^-4 --epochs 18 --workers 0 --data-dir {folder} --out"
+    assert script(flags, tmp_path) == 0
+    rates = [entry["lr"] for entry in the_record(tmp_path)["history"]]
+    assert rates == [2.0**-4] * 9 + [2.0 ** -(5 + i) for i in range(9)]  # 45 and every 5 of 90 epochs
+
+
+def test_an_interrupted_run_goes_on_in_the_middle_of_an_epoch(tmp_path, small_net, monkeypatch, capsys):
+    folder = make_folder(tmp_path / "photographs", train=5, val=2, classes=[f"n{i}" for i in range(6)])
+    flags = f"--image-size 32 --bs 8 --lr 2^-4 --epochs 3 --workers 2 --data-dir {folder} --out"
+    assert script(flags, tmp_path / "whole") == 0
+    train_batch, passes = ImageNet.train_batch, iter(range(1000))
+
+    def interrupted(self, *parts):
+        if next(passes) == 5:  # the fifth update: four and a validation make the first epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_batch(self, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageNet, "train_batch", interrupted)
+        assert script(flags, tmp_path / "parts") == 75
+    assert not list((tmp_path / "parts").glob("*/*.json"))
+    capsys.readouterr()
+    assert script(flags, tmp_path / "parts", "--eval-only") == 0  # which leaves the checkpoint as it is
+    line = r"ep3_imagesize32_s00: after (\d) updates, test_accuracy (\S+)%, test_top5 (\S+)%\n"
+    updates, accuracy, top5 = map(float, re.search(line, capsys.readouterr().out).groups())
+    assert updates in (5, 6) and 0 <= accuracy <= top5 <= 100
+    assert script(flags, tmp_path / "parts") == 0
+    assert f"goes on from epoch 2, update {updates + 1:.0f}\n" in capsys.readouterr().out
+    whole, parts = (the_record(tmp_path / out) for out in ("whole", "parts"))
+    assert without_times(whole["history"]) == without_times(parts["history"])
+    assert script(flags, tmp_path / "parts", "--eval-only") == 2
+    assert "--eval-only: there is no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_damaged_file_ends_a_run_without_a_record(tmp_path, small_net, part, capfd):
+    folder = make_folder(tmp_path / "photographs", train=2, val=2, classes=[f"n{i}" for i in range(6)])
+    broken = folder / part / "n3" / "n3_1.JPEG"
+    broken.write_bytes(broken.read_bytes()[:300])
+    flags = f"--image-size 32 --bs 4 --epochs 1 --workers 1 --data-dir {folder} --out"
+    assert script(flags, tmp_path / "out") == 2
+    message = capfd.readouterr().err
+    assert message.startswith(f"error: {broken} is not a readable image (") and message.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*/*.json"))
