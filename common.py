@@ -629,6 +629,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.updates, self.seconds, self.history = state["place"]
+        self.totals[2] = 0  # whoever asked to stop has been heard
         self.lower()
 
 
@@ -744,6 +745,8 @@ def train_missing(runs: dict, build, load_data, args, drops=10):
     device = pick_device(args.device)
     say(json.dumps(vars(args), default=str))
     missing = agreed({path: config for path, config in runs.items() if not records.is_done(path, config)})
+    for path in runs.keys() - missing.keys():
+        records.remove_checkpoint(path)
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done")
     if not missing:
         return
