@@ -12,7 +12,7 @@ With it, Wide-ResNets of 1000 layers train without any normalization (section 4 
 In this file, in order:
     methods        the rows of the paper's tables, one `Method` each
     layers         ghost batch norm, scalar bias, dropout
-    nets           the pre-activation block and `WideResNet`
+    nets           the residual blocks, `WideResNet` and `ResNet50`
     optimization   initial weights, learning rate schedule, SGD with L2, precision
     engine         `Run`: one training run, its update and its state
     training       from configurations to records: many runs at once, on many devices, stopped and resumed
@@ -52,6 +52,7 @@ class Method:
     scalar: bool = False  # ZeroInit 1: a scalar multiplier ends each residual branch and starts at zero
     biases: bool = False  # ZeroInit 2: a bias on each convolution and on the classifier
     dropout: bool = False  # ZeroInit 3: dropout on the classifier's input
+    last_bias: bool = False  # ResNet-V1 only: a scalar bias before each block's last ReLU (section 5)
     fixup: bool = False  # Fixup's four rules (Zhang et al., 2019)
 
     @property
@@ -69,6 +70,7 @@ METHODS = {
     "biases+dropout": Method(biases=True, dropout=True),
     "zeroinit": Method(scalar=True, biases=True, dropout=True),
     "zeroinit-nodropout": Method(scalar=True, biases=True),
+    "zeroinit+bias": Method(scalar=True, biases=True, dropout=True, last_bias=True),
     "fixup": Method(fixup=True),
 }
 
@@ -161,9 +163,7 @@ def conv(method: Method, inputs: int, outputs: int, size: int, stride: int = 1) 
 
 def before_activation(method: Method, channels: int, ghost: int) -> nn.Module:
     """What stands between a convolution and its ReLU: batch norm, Fixup's scalar bias, or nothing."""
-    if method.norm:
-        return GhostBatchNorm2d(channels, ghost)
-    return ScalarBias() if method.fixup else nn.Identity()
+    return GhostBatchNorm2d(channels, ghost) if method.norm else before_weights(method)
 
 
 def before_weights(method: Method) -> nn.Module:
@@ -208,30 +208,78 @@ class PreActivationBlock(nn.Module):
         return [self.conv1, self.conv2]
 
 
-class WideResNet(nn.Module):
-    """Wide-ResNet depth-width for (B, 3, H, W) images, logits (B, num_classes); depth must be 6n+4.
+class Bottleneck(nn.Module):
+    """What the residual blocks of both ResNet-50s share: (B, inputs, H, W) to (B, 4 * width, H', W').
 
-    `init` is a key of `METHODS`; `dropout` overrides the method's drop probability (0.6, section 4 of the paper), and
-    `base_init` is the distribution of the initial weights (see `initialize`). Raises ValueError for another depth.
+    The branch has a 1x1, a 3x3 and a 1x1 convolution; `stride_on` ("1x1" or "3x3") says which of the first two has the
+    stride. A block that changes the number of channels, the first one of each group, has a 1x1 projection.
     """
 
-    def __init__(self, depth, width, init="zeroinit", num_classes=10, ghost=64, dropout=None, base_init="lecun"):
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, stride_on: str):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
-        method = METHODS[init]
-        self.drop_probability = (0.6 if method.dropout else 0.0) if dropout is None else dropout
-        self.stem = conv(method, 3, 16, 3)
-        blocks, channels = [], 16
-        for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-            for i in range((depth - 4) // 6):
-                stride = 2 if group > 0 and i == 0 else 1
-                blocks.append(PreActivationBlock(method, channels, outputs, stride, ghost))
-                channels = outputs
+        self.bias1 = before_weights(method)
+        self.conv1 = conv(method, inputs, width, 1, stride if stride_on == "1x1" else 1)
+        self.bias2 = before_weights(method)
+        self.conv2 = conv(method, width, width, 3, stride if stride_on == "3x3" else 1)
+        self.bias3 = before_weights(method)
+        self.conv3 = conv(method, width, 4 * width, 1)
+        self.scale = branch_scale(method)
+        self.projection = conv(method, inputs, 4 * width, 1, stride) if inputs != 4 * width else None
+
+    def branch_convs(self) -> list[nn.Conv2d]:
+        """The convolutions of the residual branch, in order."""
+        return [self.conv1, self.conv2, self.conv3]
+
+
+class BottleneckV1(Bottleneck):
+    """The residual block of ResNet-50-V1 (He et al., 2016a): each norm follows its convolution, a ReLU the sum."""
+
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, ghost: int, stride_on: str):
+        super().__init__(method, inputs, width, stride, stride_on)
+        self.norm1 = before_activation(method, width, ghost)
+        self.norm2 = before_activation(method, width, ghost)
+        self.norm3 = GhostBatchNorm2d(4 * width, ghost) if method.norm else nn.Identity()
+        if self.projection is not None and method.norm:
+            self.projection = nn.Sequential(self.projection, GhostBatchNorm2d(4 * width, ghost))
+        self.last_bias = ScalarBias() if method.fixup or method.last_bias else nn.Identity()
+
+    def forward(self, x):
+        h = self.bias1(x)
+        skip = x if self.projection is None else self.projection(h)
+        h = self.conv2(self.bias2(F.relu(self.norm1(self.conv1(h)))))
+        branch = self.norm3(self.conv3(self.bias3(F.relu(self.norm2(h)))))
+        x = skip + branch if self.scale is None else skip + self.scale * branch
+        return F.relu(self.last_bias(x))
+
+
+class BottleneckV2(Bottleneck):
+    """The residual block of ResNet-50-V2 (He et al., 2016b): pre-activation, as in `PreActivationBlock`."""
+
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, ghost: int, stride_on: str):
+        super().__init__(method, inputs, width, stride, stride_on)
+        self.norm1 = before_activation(method, inputs, ghost)
+        self.norm2 = before_activation(method, width, ghost)
+        self.norm3 = before_activation(method, width, ghost)
+
+    def forward(self, x):
+        h = self.bias1(F.relu(self.norm1(x)))
+        skip = x if self.projection is None else self.projection(h)
+        h = self.conv2(self.bias2(F.relu(self.norm2(self.conv1(h)))))
+        branch = self.conv3(self.bias3(F.relu(self.norm3(h))))
+        return skip + branch if self.scale is None else skip + self.scale * branch
+
+
+class ResidualNet(nn.Module):
+    """What all nets share: a stem, residual blocks, an activation, and a classifier of its mean over the image."""
+
+    def __init__(self, method, stem, blocks, norm, classifier, drop_probability, base_init):
+        super().__init__()
+        self.drop_probability = drop_probability
+        self.stem = stem
         self.blocks = nn.ModuleList(blocks)
-        self.norm = before_activation(method, channels, ghost)
+        self.norm = norm
         self.bias = before_weights(method)
-        self.classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        self.classifier = classifier
         initialize(self, method, base_init)
 
     def forward(self, x, noise=None):
@@ -243,6 +291,68 @@ class WideResNet(nn.Module):
         if self.training and self.drop_probability > 0:
             x = dropout(x, self.drop_probability, noise)
         return self.classifier(self.bias(x))
+
+
+class WideResNet(ResidualNet):
+    """Wide-ResNet depth-width for (B, 3, H, W) images, logits (B, num_classes); depth must be 6n+4.
+
+    `init` is a key of `METHODS`; `dropout` overrides the method's drop probability (0.6, section 4 of the paper), and
+    `base_init` is the distribution of the initial weights (see `initialize`). Raises ValueError for another depth and
+    for the method that is for ResNet-V1 only.
+    """
+
+    def __init__(self, depth, width, init="zeroinit", num_classes=10, ghost=64, dropout=None, base_init="lecun"):
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
+        method = METHODS[init]
+        if method.last_bias:
+            raise ValueError(f"{init} is for ResNet-50-V1, whose blocks end with a ReLU")
+        stem = conv(method, 3, 16, 3)
+        blocks, channels = [], 16
+        for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
+            for i in range((depth - 4) // 6):
+                stride = 2 if group > 0 and i == 0 else 1
+                blocks.append(PreActivationBlock(method, channels, outputs, stride, ghost))
+                channels = outputs
+        norm = before_activation(method, channels, ghost)
+        classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        dropout = 0.6 * method.dropout if dropout is None else dropout
+        super().__init__(method, stem, blocks, norm, classifier, dropout, base_init)
+
+
+class ResNet50(ResidualNet):
+    """ResNet-50 for (B, 3, H, W) images, logits (B, num_classes); `version` is "v1" or "v2" (He et al., 2016a or b).
+
+    `init`, `dropout` (0.2 where the method has it, section 5 of the paper) and `base_init` are as in `WideResNet`. The
+    groups after the first start with a stride of 2, on the first 1x1 convolution in v1 and on the 3x3 one in v2, which
+    `stride_on` ("1x1" or "3x3") overrides. Raises ValueError for another `version` or `stride_on`, and for v2 with the
+    method that is for v1 only.
+    """
+
+    def __init__(
+        self, version, init="zeroinit", num_classes=1000, ghost=256, dropout=None, base_init="lecun", stride_on=None
+    ):
+        method = METHODS[init]
+        if version not in ("v1", "v2") or stride_on not in (None, "1x1", "3x3"):
+            raise ValueError(f"should be v1 or v2, with a stride on 1x1 or 3x3, not {version} and {stride_on}")
+        if method.last_bias and version == "v2":
+            raise ValueError(f"{init} is for ResNet-50-V1, whose blocks end with a ReLU")
+        block, usual = (BottleneckV1, "1x1") if version == "v1" else (BottleneckV2, "3x3")
+        stem_norm = before_activation(method, 64, ghost)
+        stem = nn.Sequential(conv(method, 3, 64, 7, 2), stem_norm, nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
+        blocks, channels = [], 64
+        for width, count in (64, 3), (128, 4), (256, 6), (512, 3):
+            for i in range(count):
+                stride = 2 if width > 64 and i == 0 else 1
+                blocks.append(block(method, channels, width, stride, ghost, stride_on or usual))
+                channels = 4 * width
+        # Where a ReLU has just been, after V2's stem and at the end of V1, the second one changes nothing.
+        norm = nn.Identity() if version == "v1" else before_activation(method, channels, ghost)
+        if version == "v2":
+            blocks[0].norm1 = nn.Identity()
+        classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        dropout = 0.2 * method.dropout if dropout is None else dropout
+        super().__init__(method, stem, blocks, norm, classifier, dropout, base_init)
 
 
 # ------------------------------------------------------------------------------------------------------- optimization

@@ -57,7 +57,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("network").add_argument
     add("--depth", type=positive, default=16, help="6n+4")
     add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
-    add("--init", choices=METHODS, default="zeroinit", help="the method, a row of the paper's tables")
+    inits = [init for init, method in METHODS.items() if not method.last_bias]  # that one is for ResNet-V1
+    add("--init", choices=inits, default="zeroinit", help="the method, a row of the paper's tables")
     add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
     add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
     add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")

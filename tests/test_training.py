@@ -70,7 +70,7 @@ def expected_weights(run, updates, ghost, wd, l2_all, scalar_lr):
     return list(net.parameters()), [b for n, b in net.named_buffers() if "running" in n]
 
 
-@pytest.mark.parametrize("init", METHODS)
+@pytest.mark.parametrize("init", [init for init in METHODS if init != "zeroinit+bias"])
 @pytest.mark.parametrize("micro", [8, 4])
 def test_steps_equal_a_float64_loop(init, micro):
     run = tiny_run(f"--init {init} --ghost 4 --wd 0.01", micro=micro)
