@@ -248,7 +248,8 @@ class BottleneckV1(Bottleneck):
         skip = x if self.projection is None else self.projection(h)
         h = self.conv2(self.bias2(F.relu(self.norm1(self.conv1(h)))))
         branch = self.norm3(self.conv3(self.bias3(F.relu(self.norm2(h)))))
-        return F.relu(self.last_bias(skip + branch if self.scale is None else skip + self.scale * branch))
+        x = skip + branch if self.scale is None else skip + self.scale * branch
+        return F.relu(self.last_bias(x))
 
 
 class BottleneckV2(Bottleneck):
@@ -345,9 +346,10 @@ class ResNet50(ResidualNet):
                 stride = 2 if width > 64 and i == 0 else 1
                 blocks.append(block(method, channels, width, stride, ghost, stride_on or usual))
                 channels = 4 * width
-        norm = nn.Identity()  # V1 ends with a ReLU, and another one changes nothing; nor does one after V2's stem
+        # Where a ReLU has just been, after V2's stem and at the end of V1, the second one changes nothing.
+        norm = nn.Identity() if version == "v1" else before_activation(method, channels, ghost)
         if version == "v2":
-            blocks[0].norm1, norm = norm, before_activation(method, channels, ghost)
+            blocks[0].norm1 = nn.Identity()
         classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
         dropout = 0.2 * method.dropout if dropout is None else dropout
         super().__init__(method, stem, blocks, norm, classifier, dropout, base_init)
@@ -737,6 +739,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.updates, self.seconds, self.history = state["place"]
+        self.totals[2] = 0  # whoever asked to stop has been heard
         self.lower()
 
 
@@ -852,6 +855,8 @@ def train_missing(runs: dict, build, load_data, args, drops=10):
     device = pick_device(args.device)
     say(json.dumps(vars(args), default=str))
     missing = agreed({path: config for path, config in runs.items() if not records.is_done(path, config)})
+    for path in runs.keys() - missing.keys():
+        records.remove_checkpoint(path)
     say(f"{len(runs)} runs, {len(runs) - len(missing)} done")
     if not missing:
         return

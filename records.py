@@ -239,6 +239,8 @@ def take_lock(path: Path, held: contextlib.ExitStack) -> bool:
                 os.register_at_fork(after_in_child=file.close)  # or the workers of a DataLoader would hold it too
                 held.enter_context(file)
                 held.callback(name.unlink, missing_ok=True)
+                for left in path.parent.glob(f".{path.stem}.*"):  # half a file, of a process that was killed
+                    left.unlink()
                 return True
         except FileNotFoundError:
             pass
