@@ -14,18 +14,13 @@ In this file, in order:
     layers         ghost batch norm, scalar bias, dropout
     nets           the residual blocks, `WideResNet` and `ResNet50`
     optimization   initial weights, learning rate schedule, SGD with L2, precision
-    engine         `Run`: one training run, its update and its state
-    training       from configurations to records: many runs at once, on many devices, stopped and resumed
+    engine         `Run`: one training run, its update and its state; `train`: the loop
 """
 
-import contextlib
 import functools
 import itertools
-import json
 import math
 import os
-import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -36,10 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
-
-import records
-from records import Interrupted, UserError, say
 
 # ------------------------------------------------------------------------------------------------------------ methods
 
@@ -449,6 +440,10 @@ def pick_precision(amp: str, device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------------------- engine
 
 
+class UserError(Exception):
+    """Something only the user can mend: shown as one line, exit code 2."""
+
+
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of ranks: torchrun's, or (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -458,6 +453,27 @@ def ranks() -> tuple[int, int]:
 def rank_group(size: int):
     """The group of `size` consecutive ranks to which this one belongs; None for one."""
     return dist.new_subgroups(size)[0] if size > 1 else None
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one (under torchrun, each rank its own); joins the ranks of torchrun.
+
+    Raises UserError where the name is of no device here.
+    """
+    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name or default)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -712,7 +728,8 @@ class Run:
         self.net.eval()
         right = torch.zeros(2, dtype=torch.int64, device=self.device)
         for images, labels in self.data.test_batches(self.rank, self.world):
-            hits = self.forward(images).topk(5).indices == labels[:, None]
+            logits = self.forward(images)
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             right += torch.stack([hits[:, 0].sum(), hits.sum()])
         self.net.train()
         if self.world > 1:
@@ -741,9 +758,6 @@ class Run:
         self.epoch, self.updates, self.seconds, self.history = state["place"]
         self.totals[2] = 0  # whoever asked to stop has been heard
         self.lower()
-
-
-# ----------------------------------------------------------------------------------------------------------- training
 
 
 def train(run: Run, eval_every: int):
@@ -787,231 +801,3 @@ def outcome(run: Run) -> dict:
     final = {key: last[key] for key in (*keys, "test_top5") if key in last}
     speed = run.updates * run.bs / sum(entry["seconds"] for entry in run.history)
     return record | {"final": final, "images_per_second": speed}
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
-
-    def __init__(self, title: str, images: int, done: int):
-        self.said = -math.inf
-        hidden = not sys.stderr.isatty() or ranks()[0] > 0
-        options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "disable": hidden}
-        self.bar = tqdm(total=images, initial=done, desc=title, **options)
-
-    def epoch(self, name: str, run: Run):
-        """Show the last entry of a run's history."""
-        entry, epochs = run.history[-1], run.config["epochs"]
-        text = f"loss {entry['train_loss']:.3f}, train {entry['train_accuracy']:.1%}"
-        text += f", test {entry['test_accuracy']:.1%}" if "test_accuracy" in entry else ""
-        text += f", {entry['data_wait']:.0%} waiting for data" if run.feed else ""
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text)
-        elif entry["epoch"] == epochs or time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            say(f"{name}: epoch {entry['epoch']}/{epochs}, {text}")
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The named device, or a GPU if there is one (under torchrun, each rank its own); joins the ranks of torchrun.
-
-    Raises UserError where the name is of no device here.
-    """
-    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name or default)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def agreed(value):
-    """The first rank's value, on every rank."""
-    box = [value]
-    if ranks()[1] > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
-
-
-def train_missing(runs: dict, build, load_data, args, drops=10):
-    """Make every run that has no record yet: `runs` maps the path of each record to its configuration.
-
-    `build(config)` makes a net, `load_data(device)` the data, which is loaded only if a run is missing; `args` are the
-    flags that the scripts share. Raises UserError where a record holds another configuration or other images than it
-    would be given now, and Interrupted after a signal.
-    """
-    device = pick_device(args.device)
-    say(json.dumps(vars(args), default=str))
-    missing = agreed({path: config for path, config in runs.items() if not records.is_done(path, config)})
-    for path in runs.keys() - missing.keys():
-        records.remove_checkpoint(path)
-    say(f"{len(runs)} runs, {len(runs) - len(missing)} done")
-    if not missing:
-        return
-    for folder in {path.parent for path in missing}:
-        records.check_writable(folder)
-    data = load_data(device)
-    for path in runs.keys() - missing.keys():
-        known = records.read_record(path)["data"]["fingerprint"]
-        if known != data.fingerprint:
-            raise UserError(f"{path} is of other images ({known}, these are {data.fingerprint}): choose another --out")
-    precision, todo = pick_precision(args.amp, device), list(missing.items())
-
-    def start(config):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config["seed"], "weights"))
-            net = build(config)
-        return Run(config, net, data, device, precision, args.micro, drops, args.compile)
-
-    limit = args.concurrent or side_by_side(device, todo[0][1]["bs"])
-    with signals_ask_to_stop():
-        while todo:
-            limit = train_group(todo, limit, start, args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def side_by_side(device: torch.device, bs: int) -> int:
-    """How many runs to train at once: small batches leave a GPU idle; on a CPU one after the other is as fast."""
-    return max(1, min(16, 1024 // bs)) if device.type == "cuda" and ranks()[1] == 1 else 1
-
-
-@contextlib.contextmanager
-def signals_ask_to_stop():
-    """Let SIGINT, SIGTERM and SIGUSR1 finish the updates under way and save, rather than end the process."""
-    stop_asked.clear()
-    before = {n: signal.signal(n, lambda *_: stop_asked.set()) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train_group(todo: list, limit: int, start, args) -> int:
-    """Train the first runs of `todo`, at most `limit`, side by side to their records, and take them off the list.
-
-    Returns how many runs fit into the device's memory.
-    """
-    with contextlib.ExitStack() as locks:
-        jobs = {}
-        while todo and len(jobs) < limit:
-            path, config = todo[0]
-            mine = ranks()[0] > 0 or (records.take_lock(path, locks) and not records.is_done(path, config))
-            if agreed(mine):
-                try:
-                    jobs[path] = prepare(path, start(config), args)
-                except torch.OutOfMemoryError:
-                    if not jobs:
-                        raise UserError("one run does not fit into the device's memory: try --micro") from None
-                    limit = len(jobs)
-                    say(f"the device's memory holds {limit} runs at a time")
-                    break
-            else:
-                say(f"{path.stem} is left to another process")
-            todo.pop(0)
-        if jobs:
-            take_turns(jobs, args)
-    return limit
-
-
-def on_stream(run: Run):
-    """The context of a run's own CUDA stream."""
-    return torch.cuda.stream(run.stream) if run.stream else contextlib.nullcontext()
-
-
-def prepare(path: Path, run: Run, args) -> Run:
-    """Bring a run to where its checkpoint left it, and make its bursts graphs where that can be."""
-    with on_stream(run):
-        state = None if args.fresh else records.read_checkpoint(path, run.state()["config"])
-        if state:
-            run.load(state)
-            say(f"{path.stem} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
-        if run.stream and run.world == 1 and run.data.on_device and not args.eager:
-            run.capture()
-    return run
-
-
-def take_turns(jobs: dict, args):
-    """Train the runs, a burst each in turn, to their records; or after a signal, to their checkpoints."""
-    first = next(iter(jobs))
-    config, images = jobs[first].config, jobs[first].data.train_images
-    total = len(jobs) * epoch_end(config["epochs"] - 1, images, config["bs"]) * config["bs"]
-    title = first.stem + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "")
-    progress = Progress(title, total, sum(run.updates for run in jobs.values()) * config["bs"])
-    training = {path: train(run, args.eval_every or math.ceil(config["epochs"] / 20)) for path, run in jobs.items()}
-    saved = time.monotonic()
-    while training:
-        for path, run in [(path, jobs[path]) for path in training]:
-            epoch = run.epoch
-            with on_stream(run):
-                images = next(training[path], None)
-            progress.bar.update(images or 0)
-            if run.epoch > epoch:
-                progress.epoch(path.stem, run)
-            if images is None:
-                del training[path]
-                finish(path, run, args, len(jobs))
-        stop = any(jobs[path].stopped for path in training)
-        if stop or time.monotonic() - saved > 60 * args.checkpoint_every:
-            for path in training if ranks()[0] == 0 else ():
-                records.write_checkpoint(path, jobs[path].state())
-            saved = time.monotonic()
-        if stop:
-            progress.bar.close()
-            raise Interrupted
-    progress.bar.close()
-
-
-def finish(path: Path, run: Run, args, concurrent: int):
-    """Write the record of a run that came to its end, and remove its checkpoint."""
-    if run.diverged:
-        say(f"{path.stem}: diverged at update {run.updates}")
-    keys = ("name", "fingerprint", "train_images", "test_images")
-    environment = records.environment() | {
-        "torch": torch.__version__,
-        "device": device_name(run.device),
-        "threads": torch.get_num_threads(),
-        "precision": pick_precision(args.amp, run.device),
-        "ranks": run.world,
-        "concurrent": concurrent,
-    }
-    if run.rank == 0:
-        about = {"data": {key: getattr(run.data, key) for key in keys}, "environment": environment}
-        records.write_record(path, outcome(run) | about)
-        records.remove_checkpoint(path)
-
-
-def print_plan(runs: dict, build, images: int, args, drops=10):
-    """Print what `train_missing` would do on so many training images: the net, the updates, the schedule, the runs."""
-    config = next(iter(runs.values()))
-    bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
-    with torch.device("meta"):
-        net = build(config)
-    weights = sum(p.numel() for p in net.parameters())
-    budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
-    halvings = math.log2(config["lr"] / learning_rate(config["lr"], (steps - 1) * bs, budget, drops))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    share, micro, reach = split_batch(bs, config["ghost"], world, args.micro, device)
-    ghosts = f", ghost batches of {config['ghost']}" if config["ghost"] else ""
-    say(f"{type(net).__name__} {config['init']}: {weights:,} trainable parameters")
-    say(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs")
-    say(f"learning rate constant for {-(-budget // (2 * bs)):,} updates, then halved {halvings:.0f} times")
-    say(
-        f"{world} ranks, each {share} images of a batch in passes of {micro}{ghosts}"
-        + f" over {reach} ranks" * (reach > 1)
-    )
-    for path, config in runs.items():
-        say(f"{'done   ' if records.is_done(path, config) else 'missing'} {path}")

@@ -23,10 +23,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import common
-import records
+import runner
 import wrn_cifar
-from common import METHODS
-from records import UserError
+from common import METHODS, UserError
 from wrn_cifar import SHAPES, Parser, fraction, natural, positive, shapes
 
 try:  # what PIL does, to the bit, in less time; torchvision means to give it up some day
@@ -59,7 +58,7 @@ def make_parser() -> Parser:
     add("--image-size", type=positive, default=224, help="pixels of a side of what the net sees")
     add("--workers", type=natural, help="processes that decode images, for each rank [its share of the cores]")
     wrn_cifar.add_shared_flags(parser, bs=256, lr=[0.125], epochs=90, wd=1e-4, eval_every=1, concurrent=1)
-    parser.add_argument("--eval-only", action="store_true", help="print the accuracy of the checkpoints, and stop")
+    parser.add_argument("--eval-only", action="store_true", help="print the accuracy of saved weights or checkpoints")
     return parser
 
 
@@ -310,23 +309,25 @@ def load_data(args: argparse.Namespace, device: torch.device) -> ImageNet:
 
 
 def print_accuracy(runs: dict, build, args: argparse.Namespace):
-    """Print the validation accuracy of the runs' checkpoints. Raises UserError where there is none."""
+    """Print the validation accuracy of saved weights, or of checkpoints. Raises UserError where there is neither."""
     device = common.pick_device(args.device)
     data, precision = load_data(args, device), common.pick_precision(args.amp, device)
     for path, config in runs.items():
         run = common.Run(config, build(config), data, device, precision, args.micro, HALVINGS, args.compile)
-        state = records.read_checkpoint(path, run.state()["config"])
-        if state is None:
-            raise UserError(f"--eval-only: there is no checkpoint {records.checkpoint_files(path)[0]}")
-        run.load(state)
+        if (weights := path.with_suffix(".pt")).exists():
+            run.net.load_state_dict(torch.load(weights, map_location=device, weights_only=True)["state_dict"])
+        elif state := runner.read_checkpoint(path, run.state()["config"]):
+            run.load(state)
+        else:
+            raise UserError(f"--eval-only: there is neither {weights} nor {runner.checkpoint_files(path)[0]}")
         shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
-        records.say(f"{path.stem}: after {run.updates:,} updates, {shares}")
+        runner.say(f"{path.stem}: {shares}")
 
 
 def main():
     args = parse_args()
     if args.status:
-        return records.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
+        return runner.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
 
     def build(config):
@@ -336,12 +337,12 @@ def main():
 
     if args.dry_run:
         images = SHAPES if args.data == "shapes" else len(list_images(args.data_dir)[0][0])
-        common.print_plan(runs, build, images, args, drops=HALVINGS)
+        runner.print_plan(runs, build, images, args, drops=HALVINGS)
     elif args.eval_only:
         print_accuracy(runs, build, args)
     else:
-        common.train_missing(runs, build, functools.partial(load_data, args), args, drops=HALVINGS)
+        runner.train_missing(runs, build, functools.partial(load_data, args), args, drops=HALVINGS)
 
 
 if __name__ == "__main__":
-    sys.exit(records.exit_code(main))
+    sys.exit(runner.exit_code(main))

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import common
-import records
+import runner
 import wrn_cifar
 from common import WideResNet
 from wrn_cifar import Parser, number, positive
@@ -75,7 +75,7 @@ def ours(methods, args, bs, data, device, precision, capture):
     for seed, method in enumerate(methods):
         config, net = make(method, args, bs)
         run = common.Run(config | {"seed": seed}, net, data, device, precision)
-        with common.on_stream(run):
+        with runner.on_stream(run):
             if capture:
                 run.capture()
         bursts.append((run, common.train(run, 10**9)))
@@ -84,7 +84,7 @@ def ours(methods, args, bs, data, device, precision, capture):
 
 
 def advance(run, bursts) -> int:
-    with common.on_stream(run):
+    with runner.on_stream(run):
         return next(bursts)
 
 
@@ -110,7 +110,7 @@ def contenders(args, bs, data, pictures, device, precision) -> dict:
             entries[method, "ours", 1, p] = engine([method], precision=p, capture=device.type == "cuda")
         if device.type == "cuda":
             entries[method, "eager", 1, precision] = engine([method], precision=precision, capture=False)
-            runs = common.side_by_side(device, bs)
+            runs = runner.side_by_side(device, bs)
             if runs > 1:
                 entries[method, "concurrent", runs, precision] = engine(
                     [method] * runs, precision=precision, capture=True
@@ -284,8 +284,8 @@ def measure(args, device, precision) -> dict:
     extra = interleave(augmentation(data, pictures, 64), args.rounds, args.seconds, device)
     torch.set_num_threads(threads)
     extra = {name: statistics.median(rates) for name, rates in extra.items()}
-    record = {"kind": "speed", "device": common.device_name(device), "threads": threads, "torch": torch.__version__}
-    record |= records.environment() | {
+    record = {"kind": "speed", "device": runner.device_name(device), "threads": threads, "torch": torch.__version__}
+    record |= runner.environment() | {
         "model": f"wrn{args.depth}-{args.width}",
         "data": "generated, 32x32",
         "rows": rows,
@@ -333,7 +333,7 @@ def main():
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.amp, device)
     args.batches = args.batches or ([1, 16, 64, 256] if device.type == "cpu" else [1, 4, 16, 64, 128, 512, 2048])
-    records.check_writable(args.out / "speed")
+    runner.check_writable(args.out / "speed")
     print(json.dumps(vars(args), default=str))
     print("method            batch engine          prec.   images/s lowest to highest     ms/step  / plain")
     record = measure(args, device, precision)
@@ -345,10 +345,10 @@ def main():
         print(f"{part['target']:8} {part['runs']:6,} runs {part['hours']:12,.0f} hours on this machine")
     name = f"{record['model']}_{record['device'].replace(' ', '-').lower()}_t{record['threads']}.json"
     path = args.out / "speed" / name
-    with records.atomic_write(path) as file:
+    with runner.atomic_write(path) as file:
         file.write(json.dumps(record, allow_nan=False, indent=1).encode())
     print(f"record: {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(records.exit_code(main))
+    sys.exit(runner.exit_code(main))

@@ -19,9 +19,8 @@ import torch
 from tqdm import tqdm
 
 import common
-import records
-from common import METHODS, WideResNet
-from records import UserError
+import runner
+from common import METHODS, UserError, WideResNet
 
 SHAPES = 4096  # training images of the generated data
 
@@ -71,6 +70,7 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
     add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
     add("--fresh", action="store_true", help="start interrupted runs from the beginning")
+    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
     add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
     add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
@@ -149,7 +149,7 @@ def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defa
     for lr in args.lr:
         for seed in range(args.seeds) if args.seed is None else [args.seed]:
             config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
-            runs[args.out / slug / f"{records.run_name(prefix, config, defaults)}.json"] = config
+            runs[args.out / slug / f"{runner.run_name(prefix, config, defaults)}.json"] = config
     return runs
 
 
@@ -272,7 +272,7 @@ def load_folder(folder: Path, size: int = 32):
         images = [read_image(p, size) for p in tqdm(files, "decoding", unit=" images", disable=not sys.stderr.isatty())]
         data.append((np.stack(images), np.array([label[p.parent.name] for p in files], dtype=np.int64)))
     try:
-        with records.atomic_write(cache) as file:
+        with runner.atomic_write(cache) as file:
             (images, labels), (test_images, test_labels) = data
             np.savez(
                 file,
@@ -386,12 +386,12 @@ def count_images(args: argparse.Namespace) -> int:
 def main():
     args = parse_args()
     if args.status:
-        return records.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
+        return runner.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
     if args.dry_run:
-        return common.print_plan(runs, make_net, count_images(args), args)
-    common.train_missing(runs, make_net, lambda device: load_data(args, device), args)
+        return runner.print_plan(runs, make_net, count_images(args), args)
+    runner.train_missing(runs, make_net, lambda device: load_data(args, device), args)
 
 
 if __name__ == "__main__":
-    sys.exit(records.exit_code(main))
+    sys.exit(runner.exit_code(main))

@@ -11,7 +11,7 @@ from test_training import tiny_data, tiny_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import records
+import runner
 import wrn_cifar
 
 CPU = torch.device("cpu")
@@ -61,8 +61,8 @@ def train_all(out, flags, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wrn_cifar, "shapes", lambda n, seed, draw=wrn_cifar.shapes: draw(96, seed))
         for name, value in options.items():
-            patch.setattr(common, name, value)
-        common.train_missing(
+            patch.setattr(runner, name, value)
+        runner.train_missing(
             wrn_cifar.configurations(args), wrn_cifar.make_net, lambda d: wrn_cifar.load_data(args, d), args
         )
     return {path.stem: json.loads(path.read_text()) for path in Path(out).glob("shapes/*.json")}
@@ -99,7 +99,7 @@ def test_a_run_that_diverges_does_not_disturb_the_others(tmp_path):
 def test_memory_that_is_too_small_means_fewer_runs_at_once(fails_at, tmp_path, capsys):
     alive = []
 
-    def prepare(path, run, args, real=common.prepare):
+    def prepare(path, run, args, real=runner.prepare):
         if len(alive) % 3 == fails_at:
             alive.append("failed")
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -107,7 +107,7 @@ def test_memory_that_is_too_small_means_fewer_runs_at_once(fails_at, tmp_path, c
         return real(path, run, args)
 
     if fails_at == 0:
-        with pytest.raises(records.UserError, match="--micro"):
+        with pytest.raises(common.UserError, match="--micro"):
             train_all(tmp_path, "--seeds 4 --concurrent 4", prepare=prepare)
         return
     done = train_all(tmp_path, "--seeds 4 --concurrent 4", prepare=prepare)
@@ -145,8 +145,8 @@ def test_a_run_goes_on_from_its_checkpoint_bit_by_bit(flags, updates, tmp_path):
     bursts = common.train(first, 2)
     for _ in range(updates):
         next(bursts)
-    records.write_checkpoint(tmp_path / "run.json", first.state())
-    second.load(records.read_checkpoint(tmp_path / "run.json", first.state()["config"]))
+    runner.write_checkpoint(tmp_path / "run.json", first.state())
+    second.load(runner.read_checkpoint(tmp_path / "run.json", first.state()["config"]))
     for _ in common.train(replayed(second) if updates == 3 else second, 2):
         pass
     assert all(map(torch.equal, straight.tensors, second.tensors))

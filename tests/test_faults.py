@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import common
-import records
+import runner
 import wrn_cifar
 
 HERE = Path(__file__).resolve().parent.parent
@@ -40,12 +40,12 @@ def few_test_images(monkeypatch):
 def script(*argv, flags=FLAGS):
     """Run wrn_cifar.py in this process; its exit code."""
     sys.argv = ["wrn_cifar.py", *flags.split(), *map(str, argv)]
-    return records.exit_code(wrn_cifar.main)
+    return runner.exit_code(wrn_cifar.main)
 
 
 def results(out):
     """What all runs computed, without times."""
-    found = {path.stem: records.read_record(path) for path in Path(out).glob("shapes/*.json")}
+    found = {path.stem: runner.read_record(path) for path in Path(out).glob("shapes/*.json")}
     for record in found.values():
         for entry in record["history"]:
             del entry["seconds"]
@@ -138,7 +138,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     whole = path.read_bytes()
 
     def write_half():
-        with records.atomic_write(path, path.with_suffix(".ckpt.old")) as file:
+        with runner.atomic_write(path, path.with_suffix(".ckpt.old")) as file:
             file.write(whole[: len(whole) // 2])
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -199,7 +199,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, caps
     torch.save({"config": {}, "extra": Malicious()}, buffer)
     for content in (buffer.getvalue(), pickle.dumps(Malicious())):
         path.write_bytes(hashlib.sha256(content).digest() + content)
-        assert records.read_checkpoint(path.with_suffix(".json"), {}) is None
+        assert runner.read_checkpoint(path.with_suffix(".json"), {}) is None
     assert script("--out", tmp_path) == 0
     assert not (tmp_path / "executed").exists() and "is not used" in capsys.readouterr().out
     assert results(tmp_path) == undisturbed()
@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(small_disk, monkeypatch, capsys):
 
 
 def test_a_disk_that_is_full_at_the_record(small_disk, monkeypatch, capsys):
-    real = common.finish
+    real = runner.finish
 
     def finish(*args):
         fill(small_disk)
@@ -262,7 +262,7 @@ def test_a_disk_that_is_full_at_the_record(small_disk, monkeypatch, capsys):
 
     stopped(small_disk, monkeypatch, 7)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "finish", finish)
+        patch.setattr(runner, "finish", finish)
         assert script("--out", small_disk) == 1
     assert f"{NAME}.json: No space left" in capsys.readouterr().err
     assert not list(small_disk.glob("shapes/*.json")) and (small_disk / "shapes" / f"{NAME}.ckpt").exists()
@@ -281,13 +281,13 @@ def test_a_results_folder_that_is_read_only():
             with contextlib.suppress(BaseException), open(os.devnull, "w") as sys.stderr:
                 if os.getuid() == 0:
                     os.setuid(65534)
-                common.train = None  # nothing may be trained
+                runner.train = None  # nothing may be trained
                 os._exit(script("--out", out))
             os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
-# ------------------------------------------------------------------------------------------------- many at the same time
+# ------------------------------------------------------------------------------------------------ many at the same time
 
 
 def test_two_processes_share_the_runs_of_one_folder(tmp_path):
@@ -304,11 +304,11 @@ def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, capsys):
     path = tmp_path / "shapes" / f"{NAME}.json"
     path.parent.mkdir()
     with contextlib.ExitStack() as held:
-        assert records.take_lock(path, held) and records.is_running(path)
+        assert runner.take_lock(path, held) and runner.is_running(path)
         assert script("--out", tmp_path, "--seeds", 2) == 0
         assert f"{NAME} is left to another process" in capsys.readouterr().out
         assert list(results(tmp_path)) == [NAME.replace("s00", "s01")]
-    assert not records.is_running(path) and script("--out", tmp_path) == 0
+    assert not runner.is_running(path) and script("--out", tmp_path) == 0
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, capsys):
@@ -317,11 +317,11 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, capsys):
 
     def die_with_it():
         with contextlib.ExitStack() as held:
-            records.take_lock(path, held)
+            runner.take_lock(path, held)
             os.kill(os.getpid(), signal.SIGKILL)
 
     kill_in_a_child(die_with_it)
-    assert path.with_suffix(".lock").exists() and not records.is_running(path)
+    assert path.with_suffix(".lock").exists() and not runner.is_running(path)
     assert script("--out", tmp_path) == 0
     assert results(tmp_path) == undisturbed()
 
@@ -333,7 +333,7 @@ def test_a_lock_is_not_inherited(tmp_path):
     parent = os.fork()
     if parent == 0:
         held = contextlib.ExitStack()
-        records.take_lock(path, held)
+        runner.take_lock(path, held)
         worker = os.fork()
         if worker == 0:
             time.sleep(3)
@@ -342,7 +342,7 @@ def test_a_lock_is_not_inherited(tmp_path):
         os._exit(0)
     os.read(read, 1)
     os.waitpid(parent, 0)
-    assert path.with_suffix(".lock").exists() and not records.is_running(path)
+    assert path.with_suffix(".lock").exists() and not runner.is_running(path)
 
 
 # ------------------------------------------------------------------------------------------------------- what is there
@@ -352,7 +352,7 @@ def test_a_diverged_run_is_never_tried_again(tmp_path, capsys, monkeypatch):
     assert script("--out", tmp_path, "--init", "none", "--lr", "1e6", "2^-4") == 0
     (diverged, done) = sorted(results(tmp_path).values())
     assert diverged[0] == "diverged" and diverged[2] == dict.fromkeys(diverged[2]) and done[0] == "done"
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(runner, "train", None)
     assert script("--out", tmp_path, "--init", "none", "--lr", "1e6", "2^-4") == 0
     assert "2 runs, 2 done" in capsys.readouterr().out
 
@@ -481,7 +481,7 @@ def test_a_damaged_batch_is_never_unpickled(server, tmp_path, monkeypatch):
     batch.write_bytes(pickle.dumps(Malicious()))
     (folder / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(records.UserError, match="Put cifar-10-python"):
+    with pytest.raises(common.UserError, match="Put cifar-10-python"):
         wrn_cifar.load_cifar10(folder)
     assert not (tmp_path / "executed").exists()
 
@@ -580,4 +580,4 @@ def test_errors_of_the_disk_that_are_not_about_space_are_not_hidden():
         raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output"):
-        records.exit_code(fail)
+        runner.exit_code(fail)

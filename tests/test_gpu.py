@@ -6,7 +6,7 @@ from test_engine import train_all
 from test_training import tiny_data
 
 import common
-import records
+import runner
 import wrn_cifar
 from common import GhostBatchNorm2d
 
@@ -25,7 +25,7 @@ def gpu_run(flags, precision="off", capture=True):
     (config,) = wrn_cifar.configurations(wrn_cifar.parse_args(line.split())).values()
     torch.manual_seed(common.stream_seed(config["seed"], "weights"))
     run = common.Run(config, wrn_cifar.make_net(config), tiny_data(512, 32, 100, CUDA), CUDA, precision)
-    with common.on_stream(run):
+    with runner.on_stream(run):
         if capture:
             run.burst = 8
             run.capture()
@@ -33,7 +33,7 @@ def gpu_run(flags, precision="off", capture=True):
 
 
 def finish(run):
-    with common.on_stream(run):
+    with runner.on_stream(run):
         for _ in common.train(run, 1):
             pass
     return run
@@ -97,13 +97,13 @@ def test_too_little_memory_means_fewer_runs(tmp_path, capsys):
 def test_a_captured_run_goes_on_from_its_checkpoint(tmp_path):
     straight, first, second = (gpu_run("--init zeroinit") for _ in range(3))
     finish(straight)
-    with common.on_stream(first):
+    with runner.on_stream(first):
         bursts = common.train(first, 1)
         for _ in range(6):
             next(bursts)
-        records.write_checkpoint(tmp_path / "run.json", first.state())
-    with common.on_stream(second):
-        second.load(records.read_checkpoint(tmp_path / "run.json", first.state()["config"]))
+        runner.write_checkpoint(tmp_path / "run.json", first.state())
+    with runner.on_stream(second):
+        second.load(runner.read_checkpoint(tmp_path / "run.json", first.state()["config"]))
     close(finish(second), straight, 1e-3)
     assert len(second.history) == len(straight.history) == 3
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common import METHODS, GhostBatchNorm2d, ScalarBias, WideResNet, dropout
-from records import power, run_name
+from runner import power, run_name
 
 PARAMETERS = {  # (depth, width): bn, none, zeroinit
     (16, 4): (2_748_890, 2_745_264, 2_747_536),

@@ -17,10 +17,10 @@ from PIL import Image
 from torchvision import transforms
 
 import common
-import records
 import resnet_imagenet
+import runner
 import wrn_cifar
-from records import UserError
+from common import UserError
 from resnet_imagenet import CENTRE, ImageNet, centre_crop, crop_box, decode, list_images, parse_args, random_crop
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_the_fingerprint_is_that_of_names_and_sizes(tmp_path):
 
 def complaint(folder: Path, capsys) -> str:
     """The line with which the folder is refused."""
-    assert records.exit_code(lambda: list_images(folder)) == 2
+    assert runner.exit_code(lambda: list_images(folder)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     return message.removeprefix("error: --data-dir: ").rstrip("\n")
@@ -469,12 +469,12 @@ def test_a_damaged_file_ends_in_one_line_from_a_worker_too(tmp_path, workers, ca
     data = open_folder(make_folder(tmp_path), workers=workers)
     broken = tmp_path / "train" / "n02" / "n02_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])
-    assert records.exit_code(lambda: list(data.feed([*data.draw(0, 0).split(2)]))) == 2
+    assert runner.exit_code(lambda: list(data.feed([*data.draw(0, 0).split(2)]))) == 2
     message = capfd.readouterr().err
     assert message.startswith(f"error: {broken} is not a readable image (") and message.count("\n") == 1
     text = tmp_path / "val" / "n01" / "n01_0.JPEG"
     text.write_text("404 Not Found")
-    assert records.exit_code(lambda: list(data.test_batches())) == 2
+    assert runner.exit_code(lambda: list(data.test_batches())) == 2
     message = capfd.readouterr().err
     assert message.startswith(f"error: {text} is not a readable image (") and message.count("\n") == 1
 
@@ -508,7 +508,7 @@ def test_the_mark_of_validation_is_no_random_number(tmp_path):
 def script(flags: str, *more) -> int:
     """Run resnet_imagenet.py in this process."""
     sys.argv = ["resnet_imagenet.py", "--device", "cpu", "--amp", "off", *flags.split(), *map(str, more)]
-    return records.exit_code(resnet_imagenet.main)
+    return runner.exit_code(resnet_imagenet.main)
 
 
 def the_record(out: Path) -> dict:
@@ -604,15 +604,17 @@ def test_an_interrupted_run_goes_on_in_the_middle_of_an_epoch(tmp_path, small_ne
     assert not list((tmp_path / "parts").glob("*/*.json"))
     capsys.readouterr()
     assert script(flags, tmp_path / "parts", "--eval-only") == 0  # which leaves the checkpoint as it is
-    line = r"ep3_imagesize32_s00: after (\d) updates, test_accuracy (\S+)%, test_top5 (\S+)%\n"
-    updates, accuracy, top5 = map(float, re.search(line, capsys.readouterr().out).groups())
-    assert updates in (5, 6) and 0 <= accuracy <= top5 <= 100
-    assert script(flags, tmp_path / "parts") == 0
-    assert f"goes on from epoch 2, update {updates + 1:.0f}\n" in capsys.readouterr().out
+    line = r"ep3_imagesize32_s00: test_accuracy (\S+)%, test_top5 (\S+)%\n"
+    accuracy, top5 = map(float, re.search(line, capsys.readouterr().out).groups())
+    assert 0 <= accuracy <= top5 <= 100
+    assert script(flags, tmp_path / "parts", "--save-weights") == 0
+    assert re.search("goes on from epoch 2, update [67]\n", capsys.readouterr().out)
     whole, parts = (the_record(tmp_path / out) for out in ("whole", "parts"))
     assert without_times(whole["history"]) == without_times(parts["history"])
-    assert script(flags, tmp_path / "parts", "--eval-only") == 2
-    assert "--eval-only: there is no checkpoint" in capsys.readouterr().err
+    assert script(flags, tmp_path / "parts", "--eval-only") == 0  # of the weights at the end
+    assert f"test_accuracy {parts['final']['test_accuracy']:.2%}" in capsys.readouterr().out
+    assert script(flags, tmp_path / "whole", "--eval-only") == 2
+    assert "--eval-only: there is neither" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

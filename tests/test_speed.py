@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import common
-import records
+import runner
 import speed
 import wrn_cifar
 
@@ -26,7 +26,7 @@ def row(method, bs, engine, rate, precision="off", runs=1):
 def test_table_and_record(tmp_path, monkeypatch, capsys):
     flags = "--depth 10 --width 1 --methods bn none --batches 4 72 --rounds 2 --seconds 0 --images 200 --device cpu"
     monkeypatch.setattr(sys, "argv", ["speed.py", *flags.split(), "--amp", "off", "--out", str(tmp_path)])
-    assert records.exit_code(speed.main) == 0
+    assert runner.exit_code(speed.main) == 0
     (path,) = tmp_path.glob("speed/*.json")
     record = json.loads(path.read_text())
     assert (record["kind"], record["model"], record["cost"]) == ("speed", "wrn10-1", [])

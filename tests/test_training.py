@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import common
+import runner
 import wrn_cifar
 from common import METHODS, Run, epoch_end, learning_rate
 
@@ -178,9 +179,9 @@ def test_losses_and_accuracies_by_hand():
 
 def test_each_seed_has_initial_weights_of_its_own(tmp_path, monkeypatch):
     stems = []
-    monkeypatch.setattr(common, "train", lambda run, *_: iter([stems.append(run.net.stem.weight.clone())]))
-    monkeypatch.setattr(common, "finish", lambda *_: None)
+    monkeypatch.setattr(runner, "train", lambda run, *_: iter([stems.append(run.net.stem.weight.clone())]))
+    monkeypatch.setattr(runner, "finish", lambda *_: None)
     for flags in ("--init none --seeds 2", "--init none --lr 1 --seed 1"):
         args = wrn_cifar.parse_args(["--width", "1", "--bs", "8", "--out", str(tmp_path), *flags.split()])
-        common.train_missing(wrn_cifar.configurations(args), wrn_cifar.make_net, lambda _: tiny_data(), args)
+        runner.train_missing(wrn_cifar.configurations(args), wrn_cifar.make_net, lambda _: tiny_data(), args)
     assert not torch.equal(stems[0], stems[1]) and torch.equal(stems[1], stems[2])
