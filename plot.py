@@ -73,11 +73,12 @@ TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rat
 }
 NETWORK = {1: {"bs": 64, "width": 4}, 2: {"bs": 64, "width": 2}, 3: {"bs": 64, "width": 2}}  # of these tables
 ALSO = {1: ("bn",), 2: ("none", "scalar")}  # rows beside the paper's, where they were run
+TOLD = {"model", "version", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"}
 SATURATION = {"bn": 2**4, "none": 2**-3, "zeroinit": 2**1}  # the largest optimal learning rates of Figure 2a
 ENGINES = {"plain": ("o", ":"), "eager": ("s", "--"), "ours": ("^", "-"), "concurrent": ("D", "-.")}  # marker and line
 NOTE = """Each number is the mean of the best ceil(0.8 n) of n runs ± one standard deviation, at the learning rate with
-the best mean (on ImageNet of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is the
-lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars are
+the best mean (on ImageNet, of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is
+the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars are
 standard deviations or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged. The paper's
 numbers are those of the paper's protocol."""
 
@@ -137,19 +138,18 @@ def read_run(path, record):
 
 
 def read_speed(path, record):
-    """A record of speed.py with {(batch size, method, engine): its fastest row}; raises an exception for anything else."""
+    """A record of speed.py with {(batch size, method, engine): fastest row}; raises an exception for anything else."""
     rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
     check(
         kind=record["kind"] == "speed",
-        size=all(isinstance(row[key], int) and row[key] > 0 for row in rows for key in ("bs", "runs")),
-        method=all(row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
+        rows=all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
         speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
-        cost=all({"target", "runs"} < line.keys() and 0 <= line["hours"] < math.inf for line in record["cost"]),
+        cost=all(0 <= line["runs"] * line["hours"] < math.inf and line["target"] for line in record["cost"]),
         checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
     )
-    fastest = {(row["method"], f"{row['engine']}, {row['precision']}", row["bs"]): row for row in rows}
-    title = f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})"
-    return record | {"fastest": dict(sorted(fastest.items())), "title": title, "slug": f"speed-{path.stem}"}
+    name = f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})"
+    fastest = {(row["bs"], row["method"], f"{row['engine']}, {row['precision']}"): row for row in rows}
+    return record | {"title": name, "folder": f"speed-{path.stem}", "fastest": dict(sorted(fastest.items()))}
 
 
 def complaint(error):
@@ -161,7 +161,7 @@ def complaint(error):
 
 def read_records(folder):
     """The records of runs and those of speed.py in a results folder, and {file: what is wrong} for other JSON files."""
-    runs, speeds, problems, first = [], [], {}, {}
+    runs, speeds, problems = {}, [], {}
     for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs")):
         name = f"{path.parent.name}/{path.name}"
         try:
@@ -169,13 +169,12 @@ def read_records(folder):
             if path.parent.name == "speed":
                 speeds.append(read_speed(path, record))
                 continue
-            run = read_run(path, record)
-            if (same := first.setdefault(frozenset(run["config"].items()), name)) != name:
-                raise ValueError(f"the same run as {same}")
-            runs.append(run)
+            run = read_run(path, record) | {"file": name}
+            if (first := runs.setdefault(frozenset(run["config"].items()), run)) is not run:
+                raise ValueError(f"the same run as {first['file']}")
         except Exception as error:  # a foreign file can be wrong in any way
             problems[name] = complaint(error)
-    return runs, speeds, problems
+    return list(runs.values()), speeds, problems
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
@@ -276,22 +275,25 @@ class Section:
         self.depth = max(depths, key=lambda depth: (depths[depth], depth == 16), default=16)
         self.bs = max(sizes, key=lambda bs: (bs == 64, sizes[bs]), default=64)
 
-    def line(self, method, metric, deep=False):
-        """{batch size, or if deep depth: optimum} of a method; a batch of one ghost batch or less is a whole one too."""
-        line = {}
-        for (name, depth, bs), grid in self.at.items():
-            same = name == method or ((method, name) == (WHOLE[0], "bn") and bs <= self.setup.ghost)
-            if same and (bs == self.bs if deep else depth == self.depth):
-                line[depth if deep else bs] = optimum(grid, metric)
-        return line
+    def lines(self, place, methods, metric):
+        """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
 
-    def figure(self, number, metric):
-        """{method: its line} in one of Figures 1 to 4; empty if it needs other batch sizes than were run."""
-        methods, fits = (THREE, lambda bs: bs >= 16) if number < 3 else (WHOLE, lambda bs: bs <= 1024)
-        lines = {m: {bs: best for bs, best in self.line(m, metric).items() if fits(bs)} for m in methods}
-        sizes, bn = set().union(*lines.values()), lines[methods[0]]
-        own = number < 3 or any(bs < 16 or bs > 64 for bs in bn)
-        return lines if metric in self.setup.metrics and len(sizes) > 1 and own else {}
+        In Figures 3 and 4 batch statistics are those of the whole batch, as in Figures 1 and 2 up to one ghost batch.
+        """
+        kind, number = place.split()
+        number, deep = int(number[0]), place in DEEP
+        if metric not in self.setup.metrics or (kind == "Table" and number not in self.setup.tables):
+            return {}
+        low, high = (1, math.inf) if kind != "Fig." else (16, math.inf) if number < 3 else (1, 1024)
+        lines = {method: {} for method in methods}
+        for (name, depth, bs), grid in self.at.items():
+            if low <= bs <= high and (bs == self.bs if deep else depth == self.depth):
+                for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
+                    lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
+        if kind == "Fig." and len(set().union(*lines.values())) < 2:
+            return {}
+        own = number < 3 or any(method == "bn (whole batch)" or bs < 16 for method, _, bs in self.at)
+        return lines if own or kind != "Fig." else {}
 
     def differences(self, **network):
         """What is not as in the paper."""
@@ -310,9 +312,8 @@ def title(config):
     """What is trained, on which data and for how long, with every option that does not have its default."""
     setup = SETUPS[config.get("version")]
     network = f"width {config['width']}" if "width" in config else setup.network
-    told = ["model", "version", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"]
-    usual = {"base_init": "lecun"} | setup.protocol | {key: config.get(key) for key in told}
-    options = [f"{key} {value}" for key, value in sorted(config.items()) if value != usual.get(key)]
+    usual = setup.protocol | {"base_init": "lecun"}
+    options = [f"{key} {config[key]}" for key in sorted(config.keys() - TOLD) if config[key] != usual.get(key)]
     return ", ".join([config["data"], network, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *options])
 
 
@@ -339,8 +340,8 @@ def make_sections(records):
 # rows from `low` to `high`, one at `reach` or more, `kept` runs in each mean, and some the paper's network.
 Claim = namedtuple(
     "Claim",
-    "place statement methods each test metric shown least low high reach kept network",
-    defaults=(ACCURACY, "value", 1, 1, math.inf, 1, 1, None),
+    "place statement methods each test metric low high shown least reach kept network",
+    defaults=(ACCURACY, 1, math.inf, "value", 1, 1, 1, {}),
 )
 
 
@@ -349,16 +350,11 @@ def lead(first, second):
 
 
 def ahead(place, first, second, metric=ACCURACY, by=0.0, low=1, high=math.inf):
-    """The claim that one method is ahead of another by more than a difference; if negative: at most so far behind."""
-    better, worse = ("higher", "lower") if metric.sign > 0 else ("lower", "higher")
-    words = f"{f'over {by:.1%} ' * (by > 0)}{better}" if by >= 0 else f"at most {-by:.1%} {worse}"
-    sizes = f" for B ≤ {high}" * (high < math.inf) + f" for B ≥ {low}" * (low > 1)
-    statement = f"The {metric.name} of {NAME[first]} is {words} than that of {NAME[second]}"
-    if place == "Table 1":
-        sizes, low, high = "", 16, 16  # layers
-    return Claim(
-        place, statement + sizes, (first, second), "row", lambda row: lead(*row) > by, metric, "value", 1, low, high
-    )
+    """The claim that one method is ahead of another by more than a difference; if negative, at most so far behind."""
+    beside = f"at most {-by:.1%} worse" if by < 0 else f"over {by:.1%} better" if by else "better"
+    statement = f"{NAME[first]} is {beside} than {NAME[second]} in {metric.name}"
+    statement += f" for B ≤ {high}" * (high < math.inf) + f" for B ≥ {low}" * (low > 1)
+    return Claim(place, statement, (first, second), "row", lambda row: lead(*row) > by, metric, low, high)
 
 
 def spread(optima):
@@ -406,8 +402,8 @@ CLAIMS = [
     Claim("Fig. 1a", "The test accuracy is independent of the batch size when it is small, and then falls (the bars of "
           "the two smallest B overlap, those of the best and the largest do not)", THREE, "line", flat_then_falls,
           least=3, kept=2),
-    Claim("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above ZeroInit's "
-          "(within 1% of the method's best accuracy; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
+    Claim("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above "
+          "ZeroInit's (within 1% of the method's best accuracy; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
     Claim("Fig. 1a", "ZeroInit is at most one standard deviation (the larger) below batch normalization for B ≤ 256",
           TWO, "row", lambda row: lead(*row) <= max(best.std for best in row), high=256, kept=2),
     *(ahead("Fig. 1b", "bn", other, LOSS) for other in ("none", "zeroinit")),
@@ -415,11 +411,11 @@ CLAIMS = [
           "factor of 4 it grows as B^0.5 to B^1.5, over the last slower)", THREE, "line", proportional_then_saturates,
           shown="rate", least=4),
     Claim("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
-          "(within a factor of 2)", THREE, "line", saturates, shown="rate", reach=4096, network={"width": 4, "depth": 16}),
+          "(within a factor of 2)", THREE, "line", saturates, shown="rate", reach=4096, network={"depth": 16, "width": 4}),
     Claim("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of "
           "4 for B ≤ 16)", THREE, "row", lambda row: spread(row) <= 4, shown="rate", high=16),
-    *(ahead("Table 1", *pair) for pair in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
-    *(ahead("Table 1", *pair, LOSS) for pair in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
+    *(ahead("Table 1", *two) for two in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
+    *(ahead("Table 1", *two, LOSS) for two in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
     ahead("Table 1", "biases+dropout", "dropout", LOSS),
     Claim("Table 2", "Batch normalization and ZeroInit train very deep networks (with 100 layers or more they keep "
           "over half of the shallowest network's accuracy)", TWO, "line", trains, least=2, reach=100),
@@ -429,8 +425,8 @@ CLAIMS = [
           lambda line: line[-1].mean > 0.94, reach=1000, network={"width": 2}),
     Claim("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)", TWO, "line",
           lambda line: spread(line) <= 2, shown="rate", least=2, reach=100),
-    Claim("Table 3", "ZeroInit needs no L2 regularization to train very deep networks", ("zeroinit without L2",), "line",
-          trains, least=2, reach=100),
+    Claim("Table 3", "ZeroInit needs no L2 regularization to train very deep networks", ("zeroinit without L2",),
+          "line", trains, least=2, reach=100),
     Claim("Table 3", "The scalar multiplier alone is sufficient to train very deep networks", ("scalar",), "line",
           trains, least=2, reach=100),
     ahead("Fig. 3a", "zeroinit", WHOLE[0], high=4),
@@ -448,93 +444,61 @@ CLAIMS = [
     ahead("Table 5", "zeroinit+bias", "fixup", TOP1, -0.005, high=1024),  # the gap is closed
 ]
 # fmt: on
+DEEP = ("Table 2", "Table 3", "Section 4")  # these compare depths, the others batch sizes
 FASTER = "WRN-16-4 trains roughly 40% faster at B 64 without batch normalization (1.3 to 1.7 times the images/s)"
-
-
-def axis(claim):
-    return "depth" if claim.place in ("Table 1", "Table 2", "Table 3", "Section 4") else "B"
-
-
-def needs(claim):
-    """What has to have been run to decide a claim, in words."""
-    span = f" from {claim.low}" * (claim.low > 1) + f" to {claim.high}" * (claim.high < math.inf)
-    span += f", the largest {claim.reach} or more" * (claim.reach > 1) + ", of two seeds" * (claim.kept > 1)
-    network = ", ".join(f"{key} {value}" for key, value in (claim.network or {}).items())
-    span += f", in the paper's protocol ({network})" * bool(network)
-    return (
-        f"{', '.join(NAME[method] for method in claim.methods)}: {claim.least} or more rows of one {axis(claim)}{span}"
-    )
-
-
-def rows_of(section, claim):
-    """{batch size or depth: the optima of the claim's methods}; empty where a need of the claim is not met."""
-    kind, place = claim.place.split()
-    if claim.metric not in section.setup.metrics or (kind == "Table" and int(place) not in section.setup.tables):
-        return {}
-    figure = section.figure(int(place[0]), claim.metric)
-    all_of = {
-        m: figure.get(m, {}) if kind == "Fig." else section.line(m, claim.metric, axis(claim) == "depth")
-        for m in claim.methods
-    }
-    lines = list(all_of.values())
-    rows = {
-        x: [line[x] for line in lines]
-        for x in lines[0]
-        if claim.low <= x <= claim.high and all(x in line for line in lines)
-    }
-    found = [best for row in rows.values() for best in (row[:-1] if claim.test is plain_fails else row)]
-    enough = (
-        len(rows) >= claim.least
-        and max(rows) >= claim.reach
-        and not (claim.network and section.differences(**claim.network))
-    )
-    return rows if enough and all(best and how_many(best.runs) >= claim.kept for best in found) else {}
 
 
 def judge(section, claim):
     """A claim's verdict in a section and the numbers behind it, from how many seeds; None where they are not enough."""
 
-    def number(best):
+    def tell(best):
         told = best and (best.value if claim.shown == "value" else power(best.rate))
         return f"{told} (*edge*)" if best and best.edge else told or "diverged"
 
-    if not (places := rows_of(section, claim)):
+    lines = section.lines(claim.place, claim.methods, claim.metric)
+    shared = [x for x in next(iter(lines.values()), ()) if all(x in line for line in lines.values())]
+    shared = [x for x in shared if claim.low <= x <= claim.high]
+    lines = [[line[x] for x in shared] for line in lines.values()]
+    found = [best for line in (lines[:-1] if claim.test is plain_fails else lines) for best in line]
+    trained = all(best and how_many(best.runs) >= claim.kept for best in found)
+    usual = not claim.network or not section.differences(**claim.network)
+    if len(shared) < claim.least or shared[-1] < claim.reach or not trained or not usual:
         return None
-    rows, counts = list(places.values()), [best.runs for row in places.values() for best in row if best]
-    lines = list(zip(*rows, strict=True))
+    rows = list(zip(*lines, strict=True))
     results = [claim.test(each) for each in {"row": rows, "line": lines, "all": [rows]}[claim.each]]
-    texts = [
-        f"{NAME[method]} {', '.join(map(number, line))}" for method, line in zip(claim.methods, lines, strict=True)
-    ]
-    paper = section.setup.seeds
-    few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
-    numbers = f"{axis(claim)} {', '.join(map(str, places))}: {'; '.join(texts)}; {seeds(counts)}{few}"
+    texts = [f"{NAME[method]} {', '.join(map(tell, line))}" for method, line in zip(claim.methods, lines, strict=True)]
+    numbers = f"{'depth' if claim.place in DEEP else 'B'} {', '.join(map(str, shared))}: {'; '.join(texts)}"
+    counts, paper = [best.runs for best in found], section.setup.seeds
+    numbers += f"; {seeds(counts)}" + f", fewer than the paper's {paper} ({how_many(paper)} best)" * (
+        min(counts) < paper
+    )
     return None if None in results else ("holds" if all(results) else "does not hold", numbers)
 
 
 def judge_speed(speed):
     """The same for the wall-clock claim of section 3, from a record of speed.py; this project's engine decides it."""
-    found = {key[:2]: row["images_per_second"] for key, row in speed["fastest"].items() if key[2] == 64}
+    found = {key[1:]: row["images_per_second"] for key, row in speed["fastest"].items() if key[0] == 64}
     engines = [engine for method, engine in found if method == "none" and ("bn", engine) in found]
     if speed["model"] != "wrn16-4" or not engines:
         return None
     ratios = {engine: found["none", engine] / found["bn", engine] for engine in engines}
-    first = min(engines, key=lambda engine: not engine.startswith("ours"))
-    numbers = [f"{engine} × {ratios[engine]:.2f} ({found['none', engine]:,.0f} images/s)" for engine in sorted(engines)]
-    return "holds" if 1.3 <= ratios[first] <= 1.7 else "does not hold", f"{'; '.join(numbers)}; a timing, no seeds"
+    ours = ratios[min(engines, key=lambda engine: not engine.startswith("ours"))]
+    numbers = [
+        f"{engine} {ratio:.2f} times ({found['none', engine]:,.0f} images/s)" for engine, ratio in ratios.items()
+    ]
+    return "holds" if 1.3 <= ours <= 1.7 else "does not hold", f"{'; '.join(numbers)}; a timing, no seeds"
 
 
 def judge_all(sections, speeds):
-    """Markdown: a line for each claim and each section that decides it; then what the others need."""
-    asked = [
-        (claim[:2], needs(claim), [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS
-    ]
-    timed = [(speed["title"], judge_speed(speed)) for speed in speeds]
+    """Markdown: a line for each claim and each section that decides it; then those that nothing decides."""
+    asked = [(claim[:3], [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS]
+    asked.append((("Section 3", FASTER, TWO[:1]), [(speed["title"], judge_speed(speed)) for speed in speeds]))
     decided, undecided = [], []
-    for (place, statement), needed, answers in [*asked, (("Section 3", FASTER), "a record of speed.py", timed)]:
-        found = [f"- **{it[0]}**, {place}: {statement}. *{name}:* {it[1]}" for name, it in answers if it]
-        decided += found
-        undecided += [] if found else [f"- **not enough runs**, {place}: {statement}. It needs {needed}"]
+    for (place, statement, methods), answers in asked:
+        lines = [f"- **{it[0]}**, {place}: {statement}. *{name}:* {it[1]}" for name, it in answers if it]
+        decided += lines
+        names = ", ".join(NAME[method] for method in methods)
+        undecided += [] if lines else [f"- **not enough runs**, {place}: {statement}. It needs {place} with {names}"]
     return ["\n".join(lines) for lines in (decided, undecided) if lines]
 
 
@@ -562,7 +526,7 @@ def figure_panels(section, number):
     rates = number in (2, 4)
     for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
         lines = []
-        for method, line in section.figure(number, metric).items():
+        for method, line in section.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric).items():
             points = []
             for bs, best in line.items():
                 point = mean_point(bs, best, metric, "edge" * bool(best and best.edge))
@@ -602,7 +566,7 @@ def small_multiples(section, lines, metric, label, base):
 def speed_panel(speed):
     """Colours are methods, markers and lines are engines, and bars go from the slowest to the fastest round."""
     lines, named = defaultdict(list), {}
-    for (method, engine, bs), row in speed["fastest"].items():
+    for (bs, method, engine), row in speed["fastest"].items():
         mean = row["images_per_second"]
         lines[method, engine].append(Point(bs, mean, mean - row["low"], row["high"] - mean))
     looks = []
@@ -631,7 +595,7 @@ def draw_line(axes, layer, look, points):
 
 
 def draw(folder, name, caption, panels):
-    """Write panels with one legend below as PNG and SVG, the same bytes each time; return the Markdown that shows them."""
+    """Write panels with one legend below as PNG and SVG, always the same bytes; return the Markdown that shows them."""
     import matplotlib  # not above, because --edges has to start fast
     from matplotlib.figure import Figure
 
@@ -694,32 +658,31 @@ def table_keys(section, number):
     return [key for key in keys if key[0] in methods or key in section.at]
 
 
-def cells(grid, metrics):
-    """The number and the rate of each metric's optimum; runs kept of those there; diverged runs of all."""
-    if not grid:
-        return ["not run"] * (2 * len(metrics) + 2)
-    runs, ends = [run for runs in grid.runs.values() for run in runs], {power(min(grid.runs)), power(max(grid.runs))}
-    found = [best for metric in metrics if (best := optimum(grid, metric))]
-    pairs = [(best.value, best.bracketed + f" **({best.edge} tried)**" * bool(best.edge)) for best in found]
-    kept = ", ".join(dict.fromkeys(f"{how_many(best.runs)}/{best.runs}" for best in found))
-    lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}"
-    pairs = pairs or [("diverged", f"at {' – '.join(sorted(ends, key=len))}")] * len(metrics)
-    return [*(cell for pair in pairs for cell in pair), kept or "–", lost]
+def cells(grid, metric):
+    """The number and the learning rate of an optimum."""
+    if not grid or not (best := optimum(grid, metric)):
+        tried = dict.fromkeys(power(rate) for rate in (min(grid.runs), max(grid.runs))) if grid else ()
+        return ("diverged", f"at {' – '.join(tried)}") if grid else ("not run", "not run")
+    return best.value, best.bracketed + f" **({best.edge} tried)**" * bool(best.edge)
 
 
 def table(section, keys, number=None):
     """Markdown: the grids at some (method, depth, batch size), beside the numbers of one of the paper's tables."""
     rows, metrics = [], section.setup.metrics
     for method, depth, bs in keys:
-        ours, *rest = cells(section.at.get((method, depth, bs)), metrics)
-        paper = TABLES.get((number, method), {}).get(depth if LOSS in metrics else bs, "–")
-        paper = [*paper.split("|"), "–", "–"]
-        rate, *loss, kept, lost = rest
-        loss = loss or ["–", "–"]
-        rows.append([depth, bs, NAME[method], ours, paper[0], rate, paper[1], loss[0], paper[2], loss[1], kept, lost])
+        grid = section.at.get((method, depth, bs))
+        paper = TABLES.get((number, method), {}).get(depth if LOSS in metrics else bs, "–").split("|")
+        paper += ["–"] * (3 - len(paper))
+        (value, rate), (loss, its_rate), *_ = [*(cells(grid, metric) for metric in metrics), ("–", "–")]
+        runs = [run for rate in grid.runs for run in grid.runs[rate]] if grid else []
+        found = [best for metric in metrics if grid and (best := optimum(grid, metric))]
+        kept = dict.fromkeys(f"{how_many(best.runs)}/{best.runs}" for best in found)
+        lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}" if runs else "–"
+        row = [depth, bs, NAME[method], value, paper[0], rate, paper[1], loss, paper[2], its_rate]
+        rows.append([*row, ", ".join(kept) or "–", lost])
     accuracy = "Test accuracy (%)" if LOSS in metrics else "Top-1 / top-5 (%)"
-    rest = "Paper|Rate|Paper|Training loss|Paper|Rate|Kept|Diverged"
-    return markdown(["Layers", "B", "Method", accuracy, *rest.split("|")], rows)
+    header = f"Layers|B|Method|{accuracy}|Paper|Rate|Paper|Training loss|Paper|Rate|Kept|Diverged"
+    return markdown(header.split("|"), rows)
 
 
 def protocol(section, **network):
@@ -754,7 +717,7 @@ def section_report(section, home, curves):
     yield f"# {caption}"
     yield "\n".join(what_was_run(section))
     for number in FIGURES:
-        if section.figure(number, ACCURACY):
+        if section.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, ACCURACY):
             yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
             network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
             yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
@@ -783,34 +746,27 @@ def section_report(section, home, curves):
 def speed_report(speed, home):
     """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
     fastest, rows = speed["fastest"], []
-    engines = sorted({key[1] for key in fastest}, key=lambda engine: list(ENGINES).index(engine.split(",")[0]))
-    for method, bs in sorted(
-        {(key[0], key[2]) for key in fastest}, key=lambda key: (key[1], list(METHODS).index(key[0]))
-    ):
-        found = [fastest.get((method, engine, bs)) for engine in engines]
-        plain = [row["images_per_second"] for row in found if row and row["engine"] == "plain"]
-        texts = [row and f"{row['images_per_second']:,.0f} ({row['low']:,.0f} – {row['high']:,.0f})" for row in found]
-        times = [f", × {row['images_per_second'] / plain[0]:.2f}" if row and plain else "" for row in found]
-        runs = [f", {row['runs']} runs" if row and row["runs"] > 1 else "" for row in found]
-        rows.append(
-            [bs, NAME[method], *(f"{a}{b}{c}" if a else "–" for a, b, c in zip(texts, times, runs, strict=True))]
-        )
+    engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
+    for bs, method in dict.fromkeys(key[:2] for key in fastest):
+        found = [fastest.get((bs, method, engine), {}) for engine in engines]
+        speeds = [row.get("images_per_second", 0) for row in found]
+        plain = next((row["images_per_second"] for row in found if row.get("engine") == "plain"), None)
+        times = [f" (× {speed / plain:.2f})" if plain and speed != plain else "" for speed in speeds]
+        rows.append([bs, NAME[method], *(f"{a:,.0f}{b}" if a else "–" for a, b in zip(speeds, times, strict=True))])
     yield f"# {speed['title']}"
-    yield f"- threads {speed.get('threads')}, torch {speed.get('torch')}; commit {speed.get('commit')}"
-    yield draw(home / speed["slug"], "speed", speed["title"], [speed_panel(speed)])
+    yield f"- threads {speed['threads']}, torch {speed['torch']}; commit {speed['commit']}"
+    yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
     yield f"**Images per second.** {speed_panel.__doc__}"
-    yield "**Images per second** (slowest – fastest round); × how many of the plain loop, the fastest number of runs."
     yield markdown(["B", "Method", *engines], rows)
-    if speed["cost"]:
-        yield "**What the targets of the sweep cost on this machine.**"
-        costs = [[line["target"], f"{line['runs']:,}", f"{line['hours']:,.1f}"] for line in speed["cost"]]
-        yield markdown(["Target", "Runs", "Hours"], costs)
-    if speed["checks"]:
-        checks = [
-            [line["what"], line["value"], line["target"], "yes" if line["met"] else "**no**"]
-            for line in speed["checks"]
-        ]
-        yield markdown(["Check", "Value", "Target", "Met"], checks)
+    for title, key, columns in (
+        ("What the targets of the sweep cost on this machine.", "cost", ("target", "runs", "hours")),
+        ("Checks.", "checks", ("what", "value", "target", "met")),
+    ):
+        if speed[key]:
+            yield f"**{title}**"
+            yield markdown(
+                [*map(str.capitalize, columns)], [[line[column] for column in columns] for line in speed[key]]
+            )
 
 
 def report(folder, runs, speeds, problems, curves):
