@@ -9,15 +9,14 @@ A diverged run is the worst of all: where one is among the kept, its learning ra
 """
 
 import argparse
+import contextlib
 import functools
-import io
 import json
 import math
 import os
 import re
 import sys
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -71,16 +70,16 @@ TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rat
     (5, "zeroinit"): {256: "70.05 / 89.16", 1024: "68.40 / 87.82", 4096: "68.19 / 87.92"},
     (5, "zeroinit+bias"): {256: "75.23 / 92.37", 1024: "74.94 / 91.99", 4096: "70.82 / 89.60"},
 }
-NETWORK = {1: {"bs": 64, "width": 4}, 2: {"bs": 64, "width": 2}, 3: {"bs": 64, "width": 2}}  # of these tables
+NETWORK = {1: {"bs": 64, "width": 4, "depth": 16}, 2: {"bs": 64, "width": 2}, 3: {"bs": 64, "width": 2}}  # by table
 ALSO = {1: ("bn",), 2: ("none", "scalar")}  # rows beside the paper's, where they were run
 TOLD = {"model", "version", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"}
 SATURATION = {"bn": 2**4, "none": 2**-3, "zeroinit": 2**1}  # the largest optimal learning rates of Figure 2a
 ENGINES = {"plain": ("o", ":"), "eager": ("s", "--"), "ours": ("^", "-"), "concurrent": ("D", "-.")}  # marker and line
 NOTE = """Each number is the mean of the best ceil(0.8 n) of n runs ± one standard deviation, at the learning rate with
 the best mean (on ImageNet, of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is
-the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars are
-standard deviations or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged. The paper's
-numbers are those of the paper's protocol."""
+the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars
+are standard deviations or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged. The
+paper's numbers are those of the paper's protocol."""
 
 Metric = namedtuple("Metric", "key name unit scale digits sign")  # the sign says whether more is better
 ACCURACY = Metric("test_accuracy", "test accuracy", " (%)", 100, 1, +1)
@@ -142,21 +141,18 @@ def read_speed(path, record):
     rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
     check(
         kind=record["kind"] == "speed",
-        rows=all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
+        rows=rows and all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
         speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
-        cost=all(0 <= line["runs"] * line["hours"] < math.inf and line["target"] for line in record["cost"]),
+        cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
         checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
     )
-    name = f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})"
     fastest = {(row["bs"], row["method"], f"{row['engine']}, {row['precision']}"): row for row in rows}
-    return record | {"title": name, "folder": f"speed-{path.stem}", "fastest": dict(sorted(fastest.items()))}
-
-
-def complaint(error):
-    """What is wrong with a file, in a line."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"truncated or no JSON, {error}" if error.doc.strip() else "empty"
-    return f"no record, it lacks {error}" if isinstance(error, KeyError) else f"no record, {error}"
+    return record | {
+        "fastest": dict(sorted(fastest.items())),
+        "title": f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})",
+        "about": f"- threads {record['threads']}, torch {record['torch']}; commit {record['commit']}",
+        "folder": f"speed-{path.stem}",
+    }
 
 
 def read_records(folder):
@@ -172,38 +168,34 @@ def read_records(folder):
             run = read_run(path, record) | {"file": name}
             if (first := runs.setdefault(frozenset(run["config"].items()), run)) is not run:
                 raise ValueError(f"the same run as {first['file']}")
+        except json.JSONDecodeError as error:
+            problems[name] = f"empty, truncated or no JSON ({error})"
         except Exception as error:  # a foreign file can be wrong in any way
-            problems[name] = complaint(error)
+            problems[name] = f"no record ({type(error).__name__}: {error})"
     return list(runs.values()), speeds, problems
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-@dataclass(eq=False)
 class Grid:
-    """The runs of one configuration: a list of records for each learning rate."""
+    """The runs of one configuration: a list of records for each learning rate.
 
-    name: str
-    config: dict
-    runs: dict
+    `key` is (method, depth, batch size); the method is None where ghost batches, dropout or L2 are not the paper's.
+    """
 
-    @property
-    def setup(self):
-        return SETUPS[self.config.get("version")]
-
-    @property
-    def key(self):
-        """(method, depth, batch size); the method is None where ghost batches, dropout or L2 are not the paper's."""
-        method, bs, ghost, l2 = (self.config.get(key) for key in ("init", "bs", "ghost", "wd"))
+    def __init__(self, name, config):
+        self.name, self.config, self.runs = name, config, defaultdict(list)
+        self.setup = setup = SETUPS[config.get("version")]
+        method, bs, ghost, l2 = (config.get(key) for key in ("init", "bs", "ghost", "wd"))
         drops = method in ("dropout", "biases+dropout", "zeroinit", "zeroinit+bias")
-        usual = [min(bs, self.setup.ghost) if method == "bn" else None, self.setup.dropout * drops, self.setup.l2]
-        if method == "bn" and ghost == bs > self.setup.ghost:
+        usual = [min(bs, setup.ghost) if method == "bn" else None, setup.dropout * drops, setup.l2]
+        if method == "bn" and ghost == bs > setup.ghost:
             method, usual[0] = "bn (whole batch)", bs
         if method == "zeroinit" and l2 == 0:
             method, usual[2] = "zeroinit without L2", 0
-        fits = method in METHODS and usual == [ghost, self.config.get("dropout"), l2]
-        return method if fits else None, self.config.get("depth", 50), bs
+        known = method in METHODS and usual == [ghost, config.get("dropout"), l2]
+        self.key = method if known else None, config.get("depth", 50), bs
 
 
 # A metric at its optimal learning rate: the number of runs there, the rates tied with it, which end of the grid it is
@@ -211,7 +203,7 @@ class Grid:
 Optimum = namedtuple("Optimum", "method metric bs rate mean std runs tied edge value bracketed")
 
 
-Kept = namedtuple("Kept", "runs mean std")  # the best of the runs at a learning rate; no mean where one diverged
+Kept = namedtuple("Kept", "metric runs mean std")  # the best of the runs at a learning rate; no mean where one diverged
 
 
 def how_many(n):
@@ -223,9 +215,10 @@ def best_runs(runs, metric):
     """The runs that are kept, of which diverged ones are the worst."""
     done = [run for run in runs if run["status"] == "done"]
     kept = sorted(done, key=lambda run: -metric.sign * run["final"][metric.key])[: how_many(len(runs))]
+    if len(kept) < how_many(len(runs)):
+        return Kept(metric, kept, None, None)
     scores = [run["final"][metric.key] for run in kept]
-    trained = len(kept) == how_many(len(runs))
-    return Kept(kept, fmean(scores) if trained else None, stdev(scores) if trained and len(scores) > 1 else None)
+    return Kept(metric, kept, fmean(scores), stdev(scores) if len(scores) > 1 else None)
 
 
 @functools.cache
@@ -237,7 +230,7 @@ def optimum(grid, metric):
     if not trained:
         return None
     best = max(trained, key=lambda rate: metric.sign * points[rate].mean)
-    kept, mean, std = points[best]
+    _, kept, mean, std = points[best]
     tied = [rate for rate in trained if std is not None and abs(points[rate].mean - mean) <= std] or [best]
     edge = " and ".join(word for word, end in (("lowest", rates[0]), ("highest", rates[-1])) if end == best)
     value = " ± ".join(f"{metric.scale * x:.{metric.digits}f}" for x in (mean, std) if x is not None)
@@ -295,6 +288,10 @@ class Section:
         own = number < 3 or any(method == "bn (whole batch)" or bs < 16 for method, _, bs in self.at)
         return lines if own or kind != "Fig." else {}
 
+    def figure(self, number, metric):
+        """The lines of one of Figures 1 to 4."""
+        return self.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric)
+
     def differences(self, **network):
         """What is not as in the paper."""
         ours, paper = self.grids[0].config | {"depth": self.depth, "bs": self.bs}, self.setup.protocol | network
@@ -322,7 +319,7 @@ def make_sections(records):
     grids, sections = {}, defaultdict(list)
     for record in records:
         config = {key: value for key, value in record["config"].items() if key not in ("lr", "seed")}
-        grid = grids.setdefault(frozenset(config.items()), Grid(record["grid"], config, defaultdict(list)))
+        grid = grids.setdefault(frozenset(config.items()), Grid(record["grid"], config))
         grid.runs[record["config"]["lr"]].append(record)
     for grid in grids.values():
         sections[-grid.config["epochs"], title(grid.config), grid.config["fingerprint"]].append(grid)
@@ -403,7 +400,7 @@ CLAIMS = [
           "the two smallest B overlap, those of the best and the largest do not)", THREE, "line", flat_then_falls,
           least=3, kept=2),
     Claim("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above "
-          "ZeroInit's (within 1% of the method's best accuracy; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
+          "ZeroInit's (within 1% of the method's best; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
     Claim("Fig. 1a", "ZeroInit is at most one standard deviation (the larger) below batch normalization for B ≤ 256",
           TWO, "row", lambda row: lead(*row) <= max(best.std for best in row), high=256, kept=2),
     *(ahead("Fig. 1b", "bn", other, LOSS) for other in ("none", "zeroinit")),
@@ -411,24 +408,22 @@ CLAIMS = [
           "factor of 4 it grows as B^0.5 to B^1.5, over the last slower)", THREE, "line", proportional_then_saturates,
           shown="rate", least=4),
     Claim("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
-          "(within a factor of 2)", THREE, "line", saturates, shown="rate", reach=4096, network={"depth": 16, "width": 4}),
+          "(within a factor of 2)", THREE, "line", saturates, shown="rate", reach=4096, network=NETWORK[1]),
     Claim("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of "
           "4 for B ≤ 16)", THREE, "row", lambda row: spread(row) <= 4, shown="rate", high=16),
-    *(ahead("Table 1", *two) for two in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
-    *(ahead("Table 1", *two, LOSS) for two in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
+    *(ahead("Table 1", *p) for p in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
+    *(ahead("Table 1", *p, LOSS) for p in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
     ahead("Table 1", "biases+dropout", "dropout", LOSS),
-    Claim("Table 2", "Batch normalization and ZeroInit train very deep networks (with 100 layers or more they keep "
-          "over half of the shallowest network's accuracy)", TWO, "line", trains, least=2, reach=100),
+    *(Claim(place, f"{NAME[method]} trains very deep networks (with 100 layers or more it keeps over half of the "
+            "shallowest network's accuracy)", (method,), "line", trains, least=2, reach=100)
+      for place, method in (("Table 2", "bn"), ("Table 2", "zeroinit"), ("Table 3", "zeroinit without L2"),
+                            ("Table 3", "scalar"))),
     Claim("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the "
           "plain network reaches less than half of their accuracy)", (*TWO, "none"), "all", plain_fails, low=40),
     Claim("Table 2", "Both train 1000 layers to over 94% test accuracy", TWO, "line",
-          lambda line: line[-1].mean > 0.94, reach=1000, network={"width": 2}),
+          lambda line: line[-1].mean > 0.94, reach=1000, network=NETWORK[2]),
     Claim("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)", TWO, "line",
           lambda line: spread(line) <= 2, shown="rate", least=2, reach=100),
-    Claim("Table 3", "ZeroInit needs no L2 regularization to train very deep networks", ("zeroinit without L2",),
-          "line", trains, least=2, reach=100),
-    Claim("Table 3", "The scalar multiplier alone is sufficient to train very deep networks", ("scalar",), "line",
-          trains, least=2, reach=100),
     ahead("Fig. 3a", "zeroinit", WHOLE[0], high=4),
     ahead("Fig. 3a", WHOLE[0], "zeroinit", low=256),
     ahead("Fig. 3b", WHOLE[0], "zeroinit", LOSS),
@@ -469,24 +464,20 @@ def judge(section, claim):
     texts = [f"{NAME[method]} {', '.join(map(tell, line))}" for method, line in zip(claim.methods, lines, strict=True)]
     numbers = f"{'depth' if claim.place in DEEP else 'B'} {', '.join(map(str, shared))}: {'; '.join(texts)}"
     counts, paper = [best.runs for best in found], section.setup.seeds
-    numbers += f"; {seeds(counts)}" + f", fewer than the paper's {paper} ({how_many(paper)} best)" * (
-        min(counts) < paper
-    )
-    return None if None in results else ("holds" if all(results) else "does not hold", numbers)
+    few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
+    verdict = "holds" if all(results) else "does not hold"
+    return None if None in results else (verdict, f"{numbers}; {seeds(counts)}{few}")
 
 
 def judge_speed(speed):
     """The same for the wall-clock claim of section 3, from a record of speed.py; this project's engine decides it."""
     found = {key[1:]: row["images_per_second"] for key, row in speed["fastest"].items() if key[0] == 64}
-    engines = [engine for method, engine in found if method == "none" and ("bn", engine) in found]
-    if speed["model"] != "wrn16-4" or not engines:
+    ratios = {key[1]: found[key] / found["bn", key[1]] for key in found if key[0] == "none" and ("bn", key[1]) in found}
+    if speed["model"] != "wrn16-4" or not ratios:
         return None
-    ratios = {engine: found["none", engine] / found["bn", engine] for engine in engines}
-    ours = ratios[min(engines, key=lambda engine: not engine.startswith("ours"))]
-    numbers = [
-        f"{engine} {ratio:.2f} times ({found['none', engine]:,.0f} images/s)" for engine, ratio in ratios.items()
-    ]
-    return "holds" if 1.3 <= ours <= 1.7 else "does not hold", f"{'; '.join(numbers)}; a timing, no seeds"
+    ours = min(ratios, key=lambda engine: not engine.startswith("ours"))
+    numbers = "; ".join(f"{it} {ratios[it]:.2f} times ({found['none', it]:,.0f} images/s)" for it in ratios)
+    return "holds" if 1.3 <= ratios[ours] <= 1.7 else "does not hold", f"{numbers}; a timing, no seeds"
 
 
 def judge_all(sections, speeds):
@@ -515,24 +506,25 @@ def style(method, **changes):
     return look | changes
 
 
-def mean_point(x, found, metric, mark):
+def mean_point(x, found, mark):
+    """What runs reach, without a bar if it is one run."""
     if not found or found.mean is None:
         return Point(x)
-    return Point(x, metric.scale * found.mean, *[metric.scale * (found.std or 0)] * 2, mark)
+    return Point(x, found.metric.scale * found.mean, *[found.metric.scale * (found.std or 0)] * 2, mark)
+
+
+def rate_point(bs, best, mark):
+    """The optimal learning rate and its bracket."""
+    return Point(bs, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, mark) if best else Point(bs)
 
 
 def figure_panels(section, number):
     """Figures 1 to 4."""
     rates = number in (2, 4)
     for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
-        lines = []
-        for method, line in section.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric).items():
-            points = []
-            for bs, best in line.items():
-                point = mean_point(bs, best, metric, "edge" * bool(best and best.edge))
-                if rates and best:
-                    point = point._replace(y=best.rate, down=best.rate - best.tied[0], up=best.tied[-1] - best.rate)
-                points.append(point)
+        lines, point = [], rate_point if rates else mean_point
+        for method, line in section.figure(number, metric).items():
+            points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
             lines.append((style(method), points))
         label = "learning rate" if rates else metric.name + metric.unit
         yield Panel(f"({letter}) {metric.name}", "batch size", f"optimal {label}", (2, 2 if rates else 0), lines)
@@ -542,7 +534,7 @@ def rate_lines(grid, metric):
     """A ring marks the optimum, a crossed out marker at the bottom a learning rate that diverged."""
     best, points = optimum(grid, metric), []
     for rate, runs in sorted(grid.runs.items()):
-        points.append(mean_point(rate, best_runs(runs, metric), metric, "best" * bool(best and rate == best.rate)))
+        points.append(mean_point(rate, best_runs(runs, metric), "best" * bool(best and rate == best.rate)))
     yield style(grid.key[0]), points
 
 
@@ -554,6 +546,9 @@ def curve_lines(grid, metric):
         if diverged or (best and run["config"]["lr"] == best.rate):
             points = [Point(*point) for point in curve(run, metric)] + [Point(len(run["history"]) + 1)] * diverged
             yield style(grid.key[0], alpha=0.6, linewidth=0.8, markersize=2), points
+
+
+MULTIPLES = ((rate_lines, "rates", "learning rate", 2), (curve_lines, "curves", "epoch", 0))
 
 
 def small_multiples(section, lines, metric, label, base):
@@ -621,17 +616,18 @@ def draw(folder, name, caption, panels):
     width = int(figure.get_figwidth() / 2.2)
     figure.legend([legend[label] for label in order], order, loc="outside lower center", ncols=width)
     for kind, unstamped in (("png", {"Software": None}), ("svg", {"Date": None})):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150, metadata=unstamped)
-        write(folder / f"{name}.{kind}", picture.getvalue())
+        with whole_file(folder / f"{name}.{kind}") as file:
+            figure.savefig(file, format=kind, dpi=150, metadata=unstamped)
     return f"![{name}]({folder.name}/{name}.png)"
 
 
-def write(path, content):
-    """Write a file completely or not at all."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file that is written completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+    with open(temporary, "wb") as file:
+        yield file
     temporary.replace(path)
 
 
@@ -717,7 +713,7 @@ def section_report(section, home, curves):
     yield f"# {caption}"
     yield "\n".join(what_was_run(section))
     for number in FIGURES:
-        if section.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, ACCURACY):
+        if section.figure(number, ACCURACY):
             yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
             network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
             yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
@@ -728,14 +724,9 @@ def section_report(section, home, curves):
             yield f"**Table {number}.** {protocol(section, **NETWORK.get(number, {}))}"
             yield table(section, keys, number)
     for metric in section.setup.metrics:
-        for name, lines, label, base in (
-            ("rates", rate_lines, "learning rate", 2),
-            ("curves", curve_lines, "epoch", None),
-        ):
+        for lines, name, label, base in MULTIPLES if curves or metric is TOP1 else MULTIPLES[:1]:
             panels = list(small_multiples(section, lines, metric, label, base))
-            if any(line[1] for panel in panels for line in panel.lines) and (
-                name == "rates" or curves or metric is TOP1
-            ):
+            if any(points for panel in panels for _, points in panel.lines):
                 yield draw(folder, f"{name}_{metric.key}", caption, panels)
                 yield f"**{metric.name.capitalize()} against the {label}.** {lines.__doc__} {caption}."
     if section.at.keys() - tabled:
@@ -747,26 +738,23 @@ def speed_report(speed, home):
     """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
     fastest, rows = speed["fastest"], []
     engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
-    for bs, method in dict.fromkeys(key[:2] for key in fastest):
-        found = [fastest.get((bs, method, engine), {}) for engine in engines]
-        speeds = [row.get("images_per_second", 0) for row in found]
-        plain = next((row["images_per_second"] for row in found if row.get("engine") == "plain"), None)
-        times = [f" (× {speed / plain:.2f})" if plain and speed != plain else "" for speed in speeds]
-        rows.append([bs, NAME[method], *(f"{a:,.0f}{b}" if a else "–" for a, b in zip(speeds, times, strict=True))])
-    yield f"# {speed['title']}"
-    yield f"- threads {speed['threads']}, torch {speed['torch']}; commit {speed['commit']}"
+    for place in dict.fromkeys(key[:2] for key in fastest):
+        found = [fastest.get((*place, engine)) for engine in engines]
+        plain = [row["images_per_second"] for row in found if row and row["engine"] == "plain"]
+        cells = [f"{row['images_per_second']:,.0f}" if row else "–" for row in found]
+        for i, row in enumerate(found):
+            if row and plain and row["engine"] != "plain":
+                cells[i] += f" (× {row['images_per_second'] / plain[0]:.2f})"
+        rows.append([place[0], NAME[place[1]], *cells])
+    yield from (f"# {speed['title']}", speed["about"])
     yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
-    yield f"**Images per second.** {speed_panel.__doc__}"
+    yield f"**Images per second.** {speed_panel.__doc__} In the table, × how many times the plain loop."
     yield markdown(["B", "Method", *engines], rows)
-    for title, key, columns in (
-        ("What the targets of the sweep cost on this machine.", "cost", ("target", "runs", "hours")),
-        ("Checks.", "checks", ("what", "value", "target", "met")),
-    ):
-        if speed[key]:
-            yield f"**{title}**"
-            yield markdown(
-                [*map(str.capitalize, columns)], [[line[column] for column in columns] for line in speed[key]]
-            )
+    if costs := [[line["target"], line["runs"], line["hours"]] for line in speed["cost"]]:
+        yield "**What the targets of the sweep cost on this machine.**"
+        yield markdown(["Target", "Runs", "Hours"], costs)
+    for line in speed["checks"]:
+        yield f"- {'met' if line['met'] else '**not met**'}: {line['what']} {line['value']}, target {line['target']}"
 
 
 def report(folder, runs, speeds, problems, curves):
@@ -779,7 +767,8 @@ def report(folder, runs, speeds, problems, curves):
         parts += speed_report(speed, home)
     if problems:
         parts += ["# Files that were not used", "\n".join(f"- {name}: {problems[name]}" for name in problems)]
-    write(home / "REPORT.md", ("\n\n".join(parts) + "\n").encode())
+    with whole_file(home / "REPORT.md") as file:
+        file.write(("\n\n".join(parts) + "\n").encode())
     return home / "REPORT.md"
 
 
@@ -795,8 +784,8 @@ def main():
     if not runs and not speeds:
         parser.exit(2, f"error: no records in {args.results} (as {args.results}/DATASET/RUN.json)\n")
     if args.edges:
-        for grid in (grid for section in make_sections(runs) for grid in section.grids):
-            print("".join(f"{grid.name}\t{power(rate)}\n" for rate in next_rates(grid)), end="")
+        grids = [grid for section in make_sections(runs) for grid in section.grids]
+        print("".join(f"{grid.name}\t{power(rate)}\n" for grid in grids for rate in next_rates(grid)), end="")
         return
     try:
         print(f"report: {report(args.results, runs, speeds, problems, args.curves)}")
