@@ -119,17 +119,18 @@ def check(**right):
 def read_run(path, record):
     """The record of a run with the name of its grid; raises an exception for anything else."""
     config, final, done = record["config"], record["final"], record["status"] == "done"
-    wide, rate, seed = config["model"] == "wrn", f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}"
-    sizes = [config[key] for key in ("bs", "epochs", *(("depth", "width") if wide else ()))]
+    version, rate, seed = config.get("version"), f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}"
+    sizes = [config[key] for key in ("bs", "epochs", *(() if version else ("depth", "width")))]
+    metrics = SETUPS[version].metrics
     check(
-        model="version" not in config if wide else config["model"] == "resnet50" and config["version"] in ("v1", "v2"),
+        model=config["model"] == ("resnet50" if version else "wrn"),
         text=all(isinstance(text, str) for text in (config["data"], config["init"], record["data"]["fingerprint"])),
         size=all(isinstance(size, int) and size > 0 for size in sizes),
         name=rate in path.stem and path.stem.endswith(seed),
         status=record["status"] in ("done", "diverged"),
-        final=not done or (0 <= final[ACCURACY.key] <= 1 and abs(final[LOSS.key]) < math.inf),
+        final=not done or (0 <= final["test_accuracy"] <= 1 and all(math.isfinite(final[m.key]) for m in metrics)),
         top5=not done or 0 <= final.get("test_top5", 0) <= 1,
-        history=all(math.isfinite(sum(point)) for metric in (ACCURACY, LOSS) for point in curve(record, metric)),
+        history=all(math.isfinite(sum(point)) for metric in metrics for point in curve(record, metric)),
         environment=isinstance(record["environment"], dict),
     )
     grid = f"{path.parent.name}/{path.stem.removesuffix(seed).replace(rate, '_', 1)}"
@@ -271,22 +272,21 @@ class Section:
     def lines(self, place, methods, metric):
         """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
 
-        In Figures 3 and 4 batch statistics are those of the whole batch, as in Figures 1 and 2 up to one ghost batch.
+        A figure needs two batch sizes, and Figures 3 and 4 one that 1 and 2 do not show. One ghost batch or less is a
+        whole batch as well.
         """
-        kind, number = place.split()
-        number, deep = int(number[0]), place in DEEP
-        if metric not in self.setup.metrics or (kind == "Table" and number not in self.setup.tables):
+        kind, number, deep = *place.split(), place in DEEP
+        own = kind != "Fig." or number < "3"
+        sizes = range(1, sys.maxsize) if kind != "Fig." else range(16, sys.maxsize) if own else range(1, 1025)
+        if metric not in self.setup.metrics or (kind == "Table" and int(number) not in self.setup.tables):
             return {}
-        low, high = (1, math.inf) if kind != "Fig." else (16, math.inf) if number < 3 else (1, 1024)
         lines = {method: {} for method in methods}
         for (name, depth, bs), grid in self.at.items():
-            if low <= bs <= high and (bs == self.bs if deep else depth == self.depth):
+            if bs in sizes and (bs == self.bs if deep else depth == self.depth):
+                own |= name == "bn (whole batch)" or bs < 16
                 for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
                     lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
-        if kind == "Fig." and len(set().union(*lines.values())) < 2:
-            return {}
-        own = number < 3 or any(method == "bn (whole batch)" or bs < 16 for method, _, bs in self.at)
-        return lines if own or kind != "Fig." else {}
+        return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
 
     def figure(self, number, metric):
         """The lines of one of Figures 1 to 4."""
@@ -380,14 +380,6 @@ def proportional_then_saturates(line):
     return 0.5 <= first <= 1.5 and last < 0.5
 
 
-def saturates(line):
-    return 0.5 <= max(best.rate for best in line) / SATURATION[line[0].method] <= 2
-
-
-def trains(line):
-    return line[-1].mean > line[0].mean / 2
-
-
 def plain_fails(rows):
     *deep, plain = rows[-1]
     return not plain or all(plain.mean < best.mean / 2 for best in deep)
@@ -408,14 +400,17 @@ CLAIMS = [
           "factor of 4 it grows as B^0.5 to B^1.5, over the last slower)", THREE, "line", proportional_then_saturates,
           shown="rate", least=4),
     Claim("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
-          "(within a factor of 2)", THREE, "line", saturates, shown="rate", reach=4096, network=NETWORK[1]),
+          "(within a factor of 2)", THREE, "line",
+          lambda line: 0.5 <= max(best.rate for best in line) / SATURATION[line[0].method] <= 2,
+          shown="rate", reach=4096, network=NETWORK[1]),
     Claim("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of "
           "4 for B ≤ 16)", THREE, "row", lambda row: spread(row) <= 4, shown="rate", high=16),
     *(ahead("Table 1", *p) for p in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
     *(ahead("Table 1", *p, LOSS) for p in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
     ahead("Table 1", "biases+dropout", "dropout", LOSS),
     *(Claim(place, f"{NAME[method]} trains very deep networks (with 100 layers or more it keeps over half of the "
-            "shallowest network's accuracy)", (method,), "line", trains, least=2, reach=100)
+            "shallowest network's accuracy)", (method,), "line",
+            lambda line: line[-1].mean > line[0].mean / 2, least=2, reach=100)
       for place, method in (("Table 2", "bn"), ("Table 2", "zeroinit"), ("Table 3", "zeroinit without L2"),
                             ("Table 3", "scalar"))),
     Claim("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the "
