@@ -142,7 +142,10 @@ def read_speed(path, record):
     rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
     check(
         kind=record["kind"] == "speed",
-        rows=rows and all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
+        rows=rows
+        and all(
+            min(row["bs"], row["runs"]) > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows
+        ),
         speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
         cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
         checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
@@ -563,7 +566,7 @@ def speed_panel(speed):
     for (method, engine), points in lines.items():
         marker, line = ENGINES[engine.split(",")[0]]
         look = style(method, marker=marker, linestyle=line, markersize=4)
-        named |= {method: style(method, marker=""), engine: look | {"label": engine, "color": "#555555"}}
+        named |= {method: style(method, marker="", linestyle="-"), engine: look | {"label": engine, "color": "#555555"}}
         looks.append((look | {"label": None}, points))
     return Panel("", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()])
 
@@ -733,17 +736,18 @@ def speed_report(speed, home):
     """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
     fastest, rows = speed["fastest"], []
     engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
-    for place in dict.fromkeys(key[:2] for key in fastest):
-        found = [fastest.get((*place, engine)) for engine in engines]
-        plain = [row["images_per_second"] for row in found if row and row["engine"] == "plain"]
-        cells = [f"{row['images_per_second']:,.0f}" if row else "–" for row in found]
-        for i, row in enumerate(found):
-            if row and plain and row["engine"] != "plain":
-                cells[i] += f" (× {row['images_per_second'] / plain[0]:.2f})"
-        rows.append([place[0], NAME[place[1]], *cells])
+    for bs, method in dict.fromkeys(key[:2] for key in fastest):
+        cells, plain = [], None
+        for row in (fastest.get((bs, method, engine)) for engine in engines):  # the plain loop comes first
+            plain = row if row and row["engine"] == "plain" else plain
+            text = f"{row['images_per_second']:,.0f}" + f", {row['runs']} runs" * (row["runs"] > 1) if row else "–"
+            if row and plain and row is not plain:
+                text += f" (× {row['images_per_second'] / plain['images_per_second']:.2f})"
+            cells.append(text)
+        rows.append([bs, NAME[method], *cells])
     yield from (f"# {speed['title']}", speed["about"])
     yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
-    yield f"**Images per second.** {speed_panel.__doc__} In the table, × how many times the plain loop."
+    yield f"**Images per second.** {speed_panel.__doc__} × how many times the plain loop's."
     yield markdown(["B", "Method", *engines], rows)
     if costs := [[line["target"], line["runs"], line["hours"]] for line in speed["cost"]]:
         yield "**What the targets of the sweep cost on this machine.**"

@@ -681,7 +681,7 @@ def test_report_of_speed_alone(tmp_path):
     for row in """
         | B | Method | plain, off | ours, bf16 | concurrent, bf16 |
         | 16 | No Normalization | – | 2,000 | – |
-        | 64 | Batch Normalization over the whole batch | 1,000 | – | 8,500 (× 8.50) |
+        | 64 | Batch Normalization over the whole batch | 1,000 | – | 8,500, 8 runs (× 8.50) |
         | fig1 | 3150 | 12.5 |
         - **not met**: ours / plain 2.1, target 2.5
         """.strip().splitlines():
