@@ -265,6 +265,7 @@ class Section:
     def __init__(self, title, grids):
         self.title, self.grids, self.setup = title, grids, grids[0].setup
         self.counts = [len(runs) for grid in grids for runs in grid.runs.values()]
+        self.caption = f"{title}, {seeds(self.counts)}"
         order = sorted(grids, key=lambda grid: (*grid.key[1:], [*METHODS, None].index(grid.key[0])))
         self.at = {grid.key: grid for grid in order if grid.key[0]}
         depths = Counter(depth for depth, _ in {key[1:] for key in self.at})
@@ -272,7 +273,7 @@ class Section:
         self.depth = max(depths, key=lambda depth: (depths[depth], depth == 16), default=16)
         self.bs = max(sizes, key=lambda bs: (bs == 64, sizes[bs]), default=64)
 
-    def lines(self, place, methods, metric):
+    def lines(self, place, metric, methods=None):
         """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
 
         A figure needs two batch sizes, and Figures 3 and 4 one that 1 and 2 do not show. One ghost batch or less is a
@@ -283,17 +284,13 @@ class Section:
         sizes = range(1, sys.maxsize) if kind != "Fig." else range(16, sys.maxsize) if own else range(1, 1025)
         if metric not in self.setup.metrics or (kind == "Table" and int(number) not in self.setup.tables):
             return {}
-        lines = {method: {} for method in methods}
+        lines = {method: {} for method in methods or (THREE if number < "3" else WHOLE)}
         for (name, depth, bs), grid in self.at.items():
             if bs in sizes and (bs == self.bs if deep else depth == self.depth):
                 own |= name == "bn (whole batch)" or bs < 16
                 for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
                     lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
         return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
-
-    def figure(self, number, metric):
-        """The lines of one of Figures 1 to 4."""
-        return self.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric)
 
     def differences(self, **network):
         """What is not as in the paper."""
@@ -448,7 +445,7 @@ def judge(section, claim):
         told = best and (best.value if claim.shown == "value" else power(best.rate))
         return f"{told} (*edge*)" if best and best.edge else told or "diverged"
 
-    lines = section.lines(claim.place, claim.methods, claim.metric)
+    lines = section.lines(claim.place, claim.metric, claim.methods)
     shared = [x for x in next(iter(lines.values()), ()) if all(x in line for line in lines.values())]
     shared = [x for x in shared if claim.low <= x <= claim.high]
     lines = [[line[x] for x in shared] for line in lines.values()]
@@ -521,7 +518,7 @@ def figure_panels(section, number):
     rates = number in (2, 4)
     for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
         lines, point = [], rate_point if rates else mean_point
-        for method, line in section.figure(number, metric).items():
+        for method, line in section.lines(f"Fig. {number}", metric).items():
             points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
             lines.append((style(method), points))
         label = "learning rate" if rates else metric.name + metric.unit
@@ -684,7 +681,7 @@ def protocol(section, **network):
     differences, paper = section.differences(**network), section.setup.seeds
     differences += [f"{seeds(section.counts)} instead of {paper}"] * (min(section.counts) < paper)
     told = f"Not the paper's protocol: {', '.join(differences)}." if differences else "The paper's protocol."
-    return f"{section.title}, {seeds(section.counts)}. {told}"
+    return f"{section.caption}. {told}"
 
 
 def what_was_run(section):
@@ -707,11 +704,11 @@ def what_was_run(section):
 def section_report(section, home, curves):
     """Markdown of a section, whose pictures go into a folder of its own."""
     folder = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-")
-    caption = f"{section.title}, {seeds(section.counts)}"
+    caption = section.caption
     yield f"# {caption}"
     yield "\n".join(what_was_run(section))
     for number in FIGURES:
-        if section.figure(number, ACCURACY):
+        if section.lines(f"Fig. {number}", ACCURACY):
             yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
             network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
             yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
