@@ -142,7 +142,10 @@ def read_speed(path, record):
     rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
     check(
         kind=record["kind"] == "speed",
-        rows=rows and all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
+        rows=rows
+        and all(
+            min(row["bs"], row["runs"]) > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows
+        ),
         speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
         cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
         checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
@@ -262,6 +265,7 @@ class Section:
     def __init__(self, title, grids):
         self.title, self.grids, self.setup = title, grids, grids[0].setup
         self.counts = [len(runs) for grid in grids for runs in grid.runs.values()]
+        self.caption = f"{title}, {seeds(self.counts)}"
         order = sorted(grids, key=lambda grid: (*grid.key[1:], [*METHODS, None].index(grid.key[0])))
         self.at = {grid.key: grid for grid in order if grid.key[0]}
         depths = Counter(depth for depth, _ in {key[1:] for key in self.at})
@@ -269,7 +273,7 @@ class Section:
         self.depth = max(depths, key=lambda depth: (depths[depth], depth == 16), default=16)
         self.bs = max(sizes, key=lambda bs: (bs == 64, sizes[bs]), default=64)
 
-    def lines(self, place, methods, metric):
+    def lines(self, place, metric, methods=None):
         """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
 
         A figure needs two batch sizes, and Figures 3 and 4 one that 1 and 2 do not show. One ghost batch or less is a
@@ -280,17 +284,13 @@ class Section:
         sizes = range(1, sys.maxsize) if kind != "Fig." else range(16, sys.maxsize) if own else range(1, 1025)
         if metric not in self.setup.metrics or (kind == "Table" and int(number) not in self.setup.tables):
             return {}
-        lines = {method: {} for method in methods}
+        lines = {method: {} for method in methods or (THREE if number < "3" else WHOLE)}
         for (name, depth, bs), grid in self.at.items():
             if bs in sizes and (bs == self.bs if deep else depth == self.depth):
                 own |= name == "bn (whole batch)" or bs < 16
                 for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
                     lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
         return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
-
-    def figure(self, number, metric):
-        """The lines of one of Figures 1 to 4."""
-        return self.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric)
 
     def differences(self, **network):
         """What is not as in the paper."""
@@ -445,7 +445,7 @@ def judge(section, claim):
         told = best and (best.value if claim.shown == "value" else power(best.rate))
         return f"{told} (*edge*)" if best and best.edge else told or "diverged"
 
-    lines = section.lines(claim.place, claim.methods, claim.metric)
+    lines = section.lines(claim.place, claim.metric, claim.methods)
     shared = [x for x in next(iter(lines.values()), ()) if all(x in line for line in lines.values())]
     shared = [x for x in shared if claim.low <= x <= claim.high]
     lines = [[line[x] for x in shared] for line in lines.values()]
@@ -475,16 +475,29 @@ def judge_speed(speed):
     return "holds" if 1.3 <= ratios[ours] <= 1.7 else "does not hold", f"{numbers}; a timing, no seeds"
 
 
+def needs(claim):
+    """What has to have been run to decide a claim, in words."""
+    axis = "depth" if claim.place in DEEP else "batch size"
+    rest = f", {claim.least} or more {axis}s" * (claim.least > 1) + f", a {axis} of {claim.reach} or more" * (
+        claim.reach > 1
+    )
+    rest += ", two seeds or more" * (claim.kept > 1)
+    rest += ", the paper's protocol" * bool(claim.network) + ", and rates that do not diverge"
+    return f"runs of {claim.place} with {', '.join(NAME[method] for method in claim.methods)}{rest}"
+
+
 def judge_all(sections, speeds):
     """Markdown: a line for each claim and each section that decides it; then those that nothing decides."""
-    asked = [(claim[:3], [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS]
-    asked.append((("Section 3", FASTER, TWO[:1]), [(speed["title"], judge_speed(speed)) for speed in speeds]))
+    asked = [
+        (claim, needs(claim), [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS
+    ]
+    timed = [(speed["title"], judge_speed(speed)) for speed in speeds]
+    asked.append((("Section 3", FASTER), "a record of speed.py with both at B 64", timed))
     decided, undecided = [], []
-    for (place, statement, methods), answers in asked:
+    for (place, statement, *_), needed, answers in asked:
         lines = [f"- **{it[0]}**, {place}: {statement}. *{name}:* {it[1]}" for name, it in answers if it]
         decided += lines
-        names = ", ".join(NAME[method] for method in methods)
-        undecided += [] if lines else [f"- **not enough runs**, {place}: {statement}. It needs {place} with {names}"]
+        undecided += [] if lines else [f"- **not enough runs**, {place}: {statement}. It needs {needed}"]
     return ["\n".join(lines) for lines in (decided, undecided) if lines]
 
 
@@ -518,7 +531,7 @@ def figure_panels(section, number):
     rates = number in (2, 4)
     for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
         lines, point = [], rate_point if rates else mean_point
-        for method, line in section.figure(number, metric).items():
+        for method, line in section.lines(f"Fig. {number}", metric).items():
             points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
             lines.append((style(method), points))
         label = "learning rate" if rates else metric.name + metric.unit
@@ -563,7 +576,7 @@ def speed_panel(speed):
     for (method, engine), points in lines.items():
         marker, line = ENGINES[engine.split(",")[0]]
         look = style(method, marker=marker, linestyle=line, markersize=4)
-        named |= {method: style(method, marker=""), engine: look | {"label": engine, "color": "#555555"}}
+        named |= {method: style(method, marker="", linestyle="-"), engine: look | {"label": engine, "color": "#555555"}}
         looks.append((look | {"label": None}, points))
     return Panel("", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()])
 
@@ -681,7 +694,7 @@ def protocol(section, **network):
     differences, paper = section.differences(**network), section.setup.seeds
     differences += [f"{seeds(section.counts)} instead of {paper}"] * (min(section.counts) < paper)
     told = f"Not the paper's protocol: {', '.join(differences)}." if differences else "The paper's protocol."
-    return f"{section.title}, {seeds(section.counts)}. {told}"
+    return f"{section.caption}. {told}"
 
 
 def what_was_run(section):
@@ -704,11 +717,11 @@ def what_was_run(section):
 def section_report(section, home, curves):
     """Markdown of a section, whose pictures go into a folder of its own."""
     folder = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-")
-    caption = f"{section.title}, {seeds(section.counts)}"
+    caption = section.caption
     yield f"# {caption}"
     yield "\n".join(what_was_run(section))
     for number in FIGURES:
-        if section.figure(number, ACCURACY):
+        if section.lines(f"Fig. {number}", ACCURACY):
             yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
             network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
             yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
@@ -733,17 +746,18 @@ def speed_report(speed, home):
     """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
     fastest, rows = speed["fastest"], []
     engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
-    for place in dict.fromkeys(key[:2] for key in fastest):
-        found = [fastest.get((*place, engine)) for engine in engines]
-        plain = [row["images_per_second"] for row in found if row and row["engine"] == "plain"]
-        cells = [f"{row['images_per_second']:,.0f}" if row else "–" for row in found]
-        for i, row in enumerate(found):
-            if row and plain and row["engine"] != "plain":
-                cells[i] += f" (× {row['images_per_second'] / plain[0]:.2f})"
-        rows.append([place[0], NAME[place[1]], *cells])
+    for bs, method in dict.fromkeys(key[:2] for key in fastest):
+        cells, plain = [], None
+        for row in (fastest.get((bs, method, engine)) for engine in engines):  # the plain loop comes first
+            plain = row if row and row["engine"] == "plain" else plain
+            text = f"{row['images_per_second']:,.0f}" + f", {row['runs']} runs" * (row["runs"] > 1) if row else "–"
+            if row and plain and row is not plain:
+                text += f" (× {row['images_per_second'] / plain['images_per_second']:.2f})"
+            cells.append(text)
+        rows.append([bs, NAME[method], *cells])
     yield from (f"# {speed['title']}", speed["about"])
     yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
-    yield f"**Images per second.** {speed_panel.__doc__} In the table, × how many times the plain loop."
+    yield f"**Images per second.** {speed_panel.__doc__} × how many times the plain loop's."
     yield markdown(["B", "Method", *engines], rows)
     if costs := [[line["target"], line["runs"], line["hours"]] for line in speed["cost"]]:
         yield "**What the targets of the sweep cost on this machine.**"
