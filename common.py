@@ -20,6 +20,7 @@ In this file, in order:
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -582,18 +583,34 @@ def is_done(path: Path, config: dict) -> bool:
     return True
 
 
-def print_status(lines, configurations):
-    """For each command line: done, diverged and all runs, the grid they belong to, and the line, separated by tabs.
+def is_running(path: Path) -> bool:
+    """Whether another process holds the lock (fcntl) of the run whose record will be `path`."""
+    try:
+        with open(path.with_suffix(".lock"), "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):  # both mean "locked", depending on the system
+        return True
+    return False
 
-    `configurations(argv)` gives a line's runs; a grid is the runs that differ only in learning rate and seed.
+
+def print_status(lines, configurations):
+    """For each command line: done, diverged, running and all runs, the grid and the line itself, separated by tabs.
+
+    `configurations(argv)` gives the runs of what follows the script's name in a line; a grid is the runs that differ
+    only in learning rate and seed. Diverged runs are among the done.
     """
     for line in filter(None, map(str.strip, lines)):
-        runs = configurations(shlex.split(line, comments=True)[2:])
-        records = [read_record(path) for path, config in runs.items() if is_done(path, config)]
-        diverged = sum(record["status"] == "diverged" for record in records)
+        words = shlex.split(line, comments=True)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        runs = configurations(words[script + 1 :])
+        records = {path: read_record(path) for path, config in runs.items() if is_done(path, config)}
+        diverged = sum(record["status"] == "diverged" for record in records.values())
+        running = sum(is_running(path) for path in runs.keys() - records.keys())
         path = next(iter(runs))
         grid = f"{path.parent.name}/" + re.sub(r"_lr[^_]+|_s\d+$", "", path.stem)
-        print(len(records), diverged, len(runs), grid, line, sep="\t")
+        print(len(records), diverged, running, len(runs), grid, line, sep="\t")
 
 
 def write_record(path: Path, record: dict):

@@ -340,5 +340,5 @@ def test_status_reads_command_lines(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", [line + " # table1\n", "\n"])
     assert script("--status", flags="") == 0
-    expected = f"1\t0\t2\tshapes/wrn10-1_zeroinit_bs32_ep2_trainsize96\t{line} # table1\n"
+    expected = f"1\t0\t0\t2\tshapes/wrn10-1_zeroinit_bs32_ep2_trainsize96\t{line} # table1\n"
     assert capsys.readouterr().out == expected
