@@ -3,7 +3,7 @@
 #
 #   bash sweep.sh                             what is done, running, failed and missing of each target
 #   bash sweep.sh --cost                      how many hours each target takes, by the speed that speed.py measured
-#   bash sweep.sh fig3                        make the runs that are missing, extend grids whose optimum is on an edge, report
+#   bash sweep.sh fig3                        make what is missing, extend grids whose optimum is on an edge, report
 #   bash sweep.sh fig3 --slurm "--partition gpu --time 12:00:00 --gres gpu:1"     submit them as job arrays instead
 #   bash sweep.sh fig3 --dry-run              only print the command lines
 #   bash sweep.sh table1 --width 1 --epochs 5 --seeds 1     what follows the target is appended to each command
@@ -60,10 +60,9 @@ table4() { resnet50 v2 bn fixup zeroinit-nodropout zeroinit; } # ResNet-50 on Im
 table5() { resnet50 v1 bn fixup zeroinit zeroinit+bias; } # a ReLU after each block
 
 demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
+    local small="python wrn_cifar.py --data shapes --width 1 --bs 16 --epochs 3 --eval-every 3 --out demo"
     for depth in ${DEPTHS:-64 16}; do
-        for init in ${INITS:-bn zeroinit none}; do
-            echo "python wrn_cifar.py --data shapes --depth $depth --width 1 --init $init --bs 16 --lr ${LRS:-2^-5 2^-4} --epochs 3 --eval-every 3 --out demo"
-        done
+        for init in ${INITS:-bn zeroinit none}; do echo "$small --depth $depth --init $init --lr ${LRS:-2^-5 2^-4}"; done
     done
 }
 
@@ -105,7 +104,7 @@ around() { # around EXPONENT N: the power of two, and N on either side
     for ((k = $1 - $2; k <= $1 + $2; k++)); do echo "2^$k"; done
 }
 
-# --------------------------------------------------------------------------------------------------- listing and counting
+# ------------------------------------------------------------------------------------------------- listing and counting
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
@@ -131,47 +130,41 @@ status() { # command lines -> done, diverged, running, all runs, grid and the li
     done
 }
 
-missing() { # those of the command lines whose runs are neither all done nor running; before each, the number of its runs
+missing() { # those of the command lines that have runs neither done nor running, each after the number of these runs
     local rows
     rows=$(status) || return
     awk -F '\t' '$1 + $3 < $4 {print $4 - $1 - $3, $6}' <<<"$rows"
 }
 
-log_of() { # the log of a command line: the line, what it printed and `exit CODE`, again for each time that it ran
-    local hash
-    hash=$(printf %s "$1" | sha1sum)
-    echo "$out/logs/${hash:0:12}.log"
-}
-
-failures() { # of each command that failed last time: the line, the log, the exit code and its last words, with tabs
+failures() { # of the commands that failed when they last ran: the line, and why, separated by a tab
     local log line words code
     for log in "$out"/logs/*.log; do
-        [ -f "$log" ] || continue
-        { read -r words && read -r code; } < <(tail -n 2 "$log")
-        case $code in "exit 0" | "exit 75" | "") continue ;; exit\ *) ;; *) continue ;; esac
+        code=$(tail -n 1 "$log" 2>/dev/null)
+        if [[ $code != exit\ * || $code == "exit 0" || $code == "exit 75" ]]; then continue; fi
         read -r line <"$log"
-        printf '%s\t%s\t%s\t%s\n' "$line" "$log" "$code" "${words//[$'\t\r']/ }"
+        words=$(tail -n 2 "$log" | head -n 1)
+        printf '%s\t%s: %s: %s\n' "$line" "$log" "$code" "${words//[$'\t\r']/ }"
     done
 }
 
-overview() { # per target, diverged runs are among the done, and failed ones among the missing; then why they failed
-    local target rows
-    rows=$(for target in $targets; do lines "$target" | sed "s/$/ # $target/"; done | status) || exit
-    { failures; printf '%s\n' "$rows"; } | awk -F '\t' -v targets="$targets" '
-        NF == 4 {why[$1] = $2 ": " $3 ": " $4; next}
-        {
-            t = line = $6; sub(/.* # /, "", t); sub(/ # [a-z0-9]+$/, "", line); left = $4 - $1 - $3
-            done[t] += $1; diverged[t] += $2; running[t] += $3; all[t] += $4; missing[t] += left
-            if (left > 0 && line in why) {failed[t] += left; if (!told[line]++) reasons = reasons "\n" why[line]}
+overview() { # diverged runs are among the done, failed ones among the missing
+    local name rows
+    rows=$(for name in $targets; do lines "$name" | sed "s/$/ # $name/"; done | status) || exit
+    awk -F '\t' -v targets="$targets" '
+        NF == 2 {why[$1] = $2}
+        NF == 6 {
+            target = line = $6; sub(/.* # /, "", target); sub(/ # [a-z0-9]+$/, "", line); left = $4 - $1 - $3
+            all[target] += $4; done[target] += $1; diverged[target] += $2; running[target] += $3; missing[target] += left
+            if (left && line in why) {failed[target] += left; if (!told[line]++) reasons = reasons "\n" why[line]}
         }
         END {
-            form = "%-8s %6s %6s %8s %9s %7s %8s\n"
-            printf form, "target", "runs", "done", "running", "diverged", "failed", "missing"
+            print "target    runs  done running diverged failed missing"
             for (i = 1; i <= split(targets, name, " "); i++) {
-                t = name[i]; printf form, t, all[t] + 0, done[t] + 0, running[t] + 0, diverged[t] + 0, failed[t] + 0, missing[t] + 0
+                t = name[i]
+                printf "%-8s%6d%6d%8d%9d%7d%8d\n", t, all[t], done[t], running[t], diverged[t], failed[t], missing[t]
             }
             if (reasons) print "\nfailed:" reasons
-        }'
+        }' <<<"$(failures)"$'\n'"$rows"
 }
 
 cost() { # runs, missing runs, and the hours of all runs by the newest record of speed.py
@@ -194,19 +187,16 @@ print(newest)' "$out/speed" 2>/dev/null) || {
 
 # -------------------------------------------------------------------------------------------------------------- running
 
-seconds() { # as 3h05m or 4m10s
-    if (($1 >= 3600)); then printf '%dh%02dm' $(($1 / 3600)) $(($1 % 3600 / 60)); else printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); fi
-}
-
 launch() { # launch RUNS LINE: start a command in a free slot, on its device; torchrun gets all devices and a free port
     local line=$2 slot=${slots[0]} log words place=(env)
-    log=$(log_of "$line")
+    log=$out/logs/$(printf %s "$line" | sha1sum | cut -c 1-12).log # the line, its output and `exit CODE`, for each time
     eval "words=($line)"
     if [[ ${words[0]} == torchrun ]]; then
         words=(-m torch.distributed.run --standalone "${words[1]}" "$here/${words[2]}" "${words[@]:3}")
     else
         words=("$here/${words[1]}" "${words[@]:2}")
-        if ((gpus)); then place+=("CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}"); else place+=("OMP_NUM_THREADS=$threads"); fi
+        place+=("OMP_NUM_THREADS=$threads")
+        if ((gpus)); then place+=("CUDA_VISIBLE_DEVICES=${devices[slot % gpus]}"); fi
     fi
     echo "$line" >>"$log"
     "${place[@]}" "$python" "${words[@]}" </dev/null >>"$log" 2>&1 &
@@ -219,31 +209,35 @@ stop() { # stop SIGNAL: pass it on; the commands save a checkpoint and end, and 
     if ((${#line_of[@]})); then kill -TERM "${!line_of[@]}" 2>/dev/null; fi
 }
 
-reap() { # wait until a command ends, or a signal comes; note how it ended
-    local pid="" code line log
-    wait -n -p pid "${!line_of[@]}"
-    code=$?
-    [ -n "${pid:-}" ] || return
-    line=${line_of[$pid]} log=${log_of[$pid]} slots+=("${slot_of[$pid]}")
-    unset "line_of[$pid]"
-    # Told to stop, a command may die before it listens, and torchrun ends with 1 whatever its processes say.
-    if [ -n "$stopped" ] && ((code)); then code=75; fi
-    { [ -z "$(tail -c 1 "$log")" ] || echo; echo "exit $code"; } >>"$log"
-    ((made += runs_of[$pid]))
-    printf '[%d/%d runs, %s left] ' "$made" "$wanted" "$(seconds $(((SECONDS - started) * (wanted - made) / made)))"
-    case $code in
-        0) echo "$line" ;;
-        75) interrupted+=("$line") && echo "interrupted: $line" ;;
-        *) failed+=("$line (exit code $code, see $log)") && echo "FAILED with exit code $code: $line" ;;
-    esac
+reap() { # wait until a command ends, or a signal comes; note how each that has ended did
+    local pid code line log
+    wait -n "${!line_of[@]}" 2>/dev/null
+    for pid in "${!line_of[@]}"; do
+        # Asked one by one, because `wait -n` may miss a command that ends while a signal is handled.
+        if kill -0 "$pid" 2>/dev/null; then continue; fi
+        wait "$pid"
+        code=$? line=${line_of[$pid]} log=${log_of[$pid]} slots+=("${slot_of[$pid]}")
+        unset "line_of[$pid]"
+        # Told to stop, a command may die before it listens, and torchrun ends with 1 whatever its processes say.
+        if [ -n "$stopped" ] && ((code)); then code=75; fi
+        if [ -n "$(tail -c 1 "$log")" ]; then echo >>"$log"; fi
+        echo "exit $code" >>"$log"
+        ((made += runs_of[$pid]))
+        printf '[%d/%d runs, %d min left] ' "$made" "$wanted" $(((SECONDS - started) * (wanted - made) / made / 60))
+        case $code in
+            0) echo "$line" ;;
+            75) interrupted+=("$line") && echo "interrupted: $line" ;;
+            *) failed+=("$line (exit code $code, see $log)") && echo "FAILED with exit code $code: $line" ;;
+        esac
+    done
 }
 
 run_missing() { # run what is missing of the command lines on stdin, $jobs at a time
-    local made=0 wanted runs line slot slots=() todo started=$SECONDS
+    local todo wanted made=0 started=$SECONDS runs line slots
     todo=$(missing) || return 2
     mkdir -p "$out/logs" || return 2
     wanted=$(awk '{runs += $1} END {print runs + 0}' <<<"$todo")
-    for ((slot = 0; slot < jobs; slot++)); do slots+=("$slot"); done
+    mapfile -t slots < <(seq 0 $((jobs - 1)))
     if [[ $todo == *" torchrun "* ]]; then slots=(0); fi
     echo "$target: $wanted runs to make by $(grep -c . <<<"$todo") commands, ${#slots[@]} at a time"
     while read -r runs line; do
@@ -254,79 +248,41 @@ run_missing() { # run what is missing of the command lines on stdin, $jobs at a 
     while ((${#line_of[@]})); do reap; done
 }
 
-edges() { # of the grids of the command lines on stdin: where all runs are there and an optimum is on an edge, the next lines
+edges() { # the next command lines of those grids on stdin that are complete and have an optimum on an edge
     local rows next
     rows=$(status) || return
-    rows=$(awk -F '\t' '$1 < $4 {open[$5]} {row[NR] = $0; grid[NR] = $5}
-        END {for (i = 1; i <= NR; i++) if (!(grid[i] in open)) print row[i]}' <<<"$rows")
-    [ -n "$rows" ] || return 0
+    if ! compgen -G "$out/*/*.json" >/dev/null; then return; fi
     next=$("$python" "$here/plot.py" "$out" --edges) || return
     awk -F '\t' '
         function value(rate,  part) {return split(rate, part, "^") == 2 ? part[1] ^ part[2] : rate + 0}
-        NF == 2 {beyond[$1] = beyond[$1] " " $2; next}
-        match($6, / --lr [^ ]+/) {
+        NF == 2 {beyond[$1] = beyond[$1] " " $2}
+        NF == 6 && $1 < $4 {open[$5]}
+        NF == 6 && match($6, / --lr [^ ]+/) {
             lr = value(substr($6, RSTART + 6, RLENGTH - 6)); line[$5] = $6
             if (!($5 in low) || lr < low[$5]) low[$5] = lr
             if (!($5 in high) || lr > high[$5]) high[$5] = lr
         }
-        END { # one step at a time: a rate between the edge and the one beyond was begun by a sweep that was interrupted
-            for (grid in beyond) for (i = split(grid in line ? beyond[grid] : "", rates, " "); i > 0; i--) {
-                for (lr = value(rates[i]); lr > 2 * high[grid]; lr /= 2);
-                for (; lr < low[grid] / 2; lr *= 2);
-                lr = rates[i] ~ /\^/ ? sprintf("2^%.0f", log(lr) / log(2)) : lr
-                next_line = line[grid]; sub(/ --lr [^ ]+/, " --lr " lr, next_line); print next_line
+        END {
+            for (grid in line) for (i = split(grid in open ? "" : beyond[grid], rates, " "); i > 0; i--) {
+                lr = value(rates[i]) # one step at a time: an interrupted sweep may have begun what lies between
+                while (lr > 2 * high[grid]) lr /= 2
+                while (lr < low[grid] / 2) lr *= 2
+                sub(/ --lr [^ ]+/, " --lr " (rates[i] ~ /\^/ ? sprintf("2^%.0f", log(lr) / log(2)) : lr), line[grid])
+                print line[grid]
             }
         }' <<<"$next"$'\n'"$rows"
 }
 
-# ---------------------------------------------------------------------------------------------------------------- Slurm
-
-queued() { # the command lines that wait or run in Slurm's queue: a task's comment is its list, its number the line in it
-    local tasks task list
-    tasks=$(squeue --me --noheader --array --format '%K %k') || return
-    while read -r task list; do
-        if [[ $list == "$lists"/* ]]; then sed -n "${task}p" "$list"; fi
-    done <<<"$tasks"
-}
-
-submit_missing() { # submit what is missing of the command lines on stdin and not in the queue yet, as job arrays
-    local lists list todo queue size first flags
-    lists=$(mkdir -p "$out/slurm" && cd "$out/slurm" && pwd) || return 2
-    size=$(scontrol show config | awk '$1 == "MaxArraySize" {print $3 - 1}') # numbers from 1 to below MaxArraySize
-    queue=$(queued) && [ "${size:-0}" -gt 0 ] || { echo "error: --slurm: no answer from Slurm's squeue or scontrol" >&2; return 2; }
-    todo=$(missing) || return 2
-    mapfile -t todo < <(cut -d ' ' -f 2- <<<"$todo" | grep . | grep -vxFf <(printf '%s\n' "$queue"))
-    echo "$target: ${#todo[@]} commands to submit, $(grep -c . <<<"$queue") in the queue"
-    eval "flags=($slurm)"
-    for ((first = 0; first < ${#todo[@]}; first += size)); do
-        list=$(mktemp "$lists/$target-XXXXXX") || return 2
-        printf '%s\n' "${todo[@]:first:size}" >"$list"
-        sbatch --requeue --signal=B:USR1@300 "${flags[@]}" --job-name "$target" --array "1-$(grep -c . "$list")" --comment "$list" \
-            --chdir "$PWD" --open-mode append --output "${list//%/%%}.out" \
-            --wrap "exec bash $(quote "$here/sweep.sh") task $(quote "$list")" || { rm "$list"; return 2; }
-    done
-}
-
-task() { # what a task of a job array does: its line of the list; requeue itself if Slurm's signal before the time limit ended it
-    local list=$1
-    target=task out=$(dirname "$(dirname "$list")")
-    run_missing <<<"$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$list")" || return
-    if ((${#interrupted[@]})) && [ "$stopped" != TERM ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
-}
-
-# ---------------------------------------------------------------------------------------------------------- entry point
-
-sweep() { # sweep run_missing or submit_missing: the target's runs, then those that extend its grids
+sweep() { # sweep run_missing, or sweep submit_missing: a target's runs, then those that extend its grids
     local all todo round
     all=$(lines "$target") todo=$all
     for ((round = 1; ; round++)); do
         "$1" <<<"$todo" || return
         if [ -n "$stopped" ] || ((extend == 0)); then break; fi
         todo=$(edges <<<"$all") || return
-        [ -n "$todo" ] || break
+        if [ -z "$todo" ]; then break; fi
         if ((round > extend)); then
-            echo "an optimum is still on the edge of its learning rates (see the report); next would be:"
-            printf '%s\n' "$todo"
+            printf 'an optimum is still on the edge of its learning rates (see the report); next would be:\n%s\n' "$todo"
             break
         fi
         echo "an optimum is on the edge of its learning rates: extending the grid (round $round of at most $extend)"
@@ -334,54 +290,95 @@ sweep() { # sweep run_missing or submit_missing: the target's runs, then those t
     done
 }
 
+# ---------------------------------------------------------------------------------------------------------------- Slurm
+
+queued() { # the command lines in Slurm's queue: a task's comment names a list, and its number the line of the list
+    local tasks number list
+    tasks=$(squeue --me --noheader --array --format '%K %k') || return
+    while read -r number list; do
+        if [[ $list == "$lists"/* ]]; then sed -n "${number}p" "$list"; fi
+    done <<<"$tasks"
+}
+
+submit_missing() { # submit what is missing of the command lines on stdin, and not in the queue, as job arrays
+    local lists list queue size todo flags first
+    lists=$(mkdir -p "$out/slurm" && cd "$out/slurm" && pwd) || return 2
+    queue=$(queued) && size=$(scontrol show config | awk '$1 == "MaxArraySize" {print $3 - 1}')
+    if ! ((size > 0)); then echo "error: --slurm: no answer from Slurm's squeue and scontrol" >&2; return 2; fi
+    todo=$(missing) || return 2
+    mapfile -t todo < <(cut -d ' ' -f 2- <<<"$todo" | grep . | grep -vxFf <(printf '%s\n' "$queue"))
+    echo "$target: ${#todo[@]} commands to submit, $(grep -c . <<<"$queue") in the queue"
+    eval "flags=($slurm)"
+    for ((first = 0; first < ${#todo[@]}; first += size)); do
+        list=$(mktemp "$lists/$target-XXXXXX") || return 2
+        printf '%s\n' "${todo[@]:first:size}" >"$list"
+        sbatch --requeue --signal=B:USR1@300 "${flags[@]}" --job-name "$target" --comment "$list" --chdir "$PWD" \
+            --array "1-$(grep -c . "$list")" --open-mode append --output "${list//%/%%}.out" \
+            --wrap "exec bash $(quote "$here/sweep.sh") task $(quote "$list")" || { rm "$list"; return 2; }
+    done
+}
+
+task() { # what a task of an array does: its line of the list; it comes back after Slurm's signal before the time limit
+    out=$(dirname "$(dirname "$1")")
+    run_missing <<<"$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$1")" || return
+    if [ "$stopped" != TERM ] && [ -n "$stopped${interrupted[*]}" ]; then # TERM is scancel's
+        scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- entry point
+
+fail() { echo "error: $1" >&2; exit 2; }
+
 target=status
-if (($#)) && [[ $1 != --* ]]; then target=$1; shift; fi
-jobs="" dry="" cost="" slurm="" out=results appended="" list="" stopped="" failed=() interrupted=() extend=${EXTEND:-6}
+if (($#)) && [[ $1 != --* ]]; then target=$1 && shift; fi
 if [[ $target == task ]]; then list=$1 && shift; fi
+jobs="" dry="" slurm="" out=results appended="" stopped="" failed=() interrupted=() extend=${EXTEND:-6}
 if [[ $target == demo ]]; then out=demo; fi
 while (($#)); do
+    if [[ $1 == --@(jobs|slurm|out)=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+    if [[ $1 == --@(jobs|slurm|out) ]] && (($# < 2)); then fail "$1 needs a value"; fi
     case $1 in
-        --jobs | --slurm) if (($# < 2)); then echo "error: $1 needs a value" >&2; exit 2; fi ;;&
         --jobs) jobs=$2; shift 2; continue ;;
-        --jobs=*) jobs=${1#*=}; shift; continue ;;
-        --slurm) slurm=${2:- }; shift 2; continue ;;
-        --slurm=*) slurm=${1#*=}\ ; shift; continue ;;
+        --slurm) slurm=" $2"; shift 2; continue ;;
         --dry-run) dry=1; shift; continue ;;
-        --cost) cost=1; shift; continue ;;
-        --out) out=${2:-} ;;
-        --out=*) out=${1#*=} ;;
+        --cost) target=cost; shift; continue ;;
+        --out) out=$2 ;;
     esac
     appended+=" $(quote "$1")"
     shift
 done
-if [ -n "$cost" ]; then cost; exit; fi
 if [[ $target == status ]]; then overview; exit; fi
-if [[ " $targets task " != *" $target "* ]]; then echo "error: no target '$target'; there are: $targets" >&2; exit 2; fi
+if [[ $target == cost ]]; then cost; exit; fi
+if [[ " $targets task " != *" $target "* ]]; then fail "no target '$target'; there are: $targets"; fi
 if [ -n "$dry" ]; then lines "$target"; exit; fi
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then echo "error: bash 5.1 or newer is needed to run a sweep" >&2; exit 2; fi
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then fail "bash 5.1 or newer is needed to run a sweep"; fi
 if [ -n "$slurm" ]; then sweep submit_missing; exit; fi
 
-IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}"
-gpus=${#devices[@]}
-cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
-if [[ $target == demo ]]; then extend=0 jobs=${jobs:-$cores}; fi # its nets are too small for more than a core each
-if [[ $target == task ]]; then jobs=1; fi
-if [ -z "$jobs" ]; then jobs=$((gpus ? gpus : cores > 1 ? cores / 2 : 1)); fi
-if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then echo "error: --jobs should be a positive number, not '$jobs'" >&2; exit 2; fi
-threads=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 declare -A line_of=() log_of=() runs_of=() slot_of=()
 trap 'stop TERM' TERM
-trap 'stop INT' HUP INT USR1
+trap 'stop USR1' HUP INT USR1
+devices=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}
+IFS=, read -ra devices <<<"$devices"
+gpus=${#devices[@]}
+cores=${SLURM_CPUS_ON_NODE:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
+case $target in
+    demo) extend=0 jobs=${jobs:-$cores} ;; # its nets are too small for more than a core each
+    task) jobs=1 ;;
+esac
+if [ -z "$jobs" ]; then jobs=$((gpus ? gpus : cores > 1 ? cores / 2 : 1)); fi
+if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then fail "--jobs should be a positive number, not '$jobs'"; fi
+threads=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 if [[ $target == task ]]; then task "$list"; else sweep run_missing; fi
 code=$?
-if [[ $target != task && $code == 0 && -z $stopped ]]; then "$python" "$here/plot.py" "$out"; fi
+if [[ $target != task && $code == 0 && -z $stopped ]]; then "$python" "$here/plot.py" "$out" || code=$?; fi
 if ((${#failed[@]})); then
     printf '\n%d commands failed; the same sweep makes what is missing:\n' "${#failed[@]}"
     printf '  %s\n' "${failed[@]}"
     code=1
+elif ((${#interrupted[@]})); then
+    code=75
 fi
-if [ -n "$stopped" ] || ((${#interrupted[@]})); then
-    echo "interrupted: the same sweep makes what is missing"
-    exit 75
-fi
+if [ -n "$stopped" ]; then code=75; fi
+if ((code == 75)); then echo "interrupted: the same sweep makes what is missing"; fi
 exit $code

@@ -19,7 +19,7 @@ SCRIPT = Path(sys.argv[0]).stem
 
 def parse(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in "arch depth width epochs wd ghost data data-dir eval-every".split():
+    for flag in ("arch", "depth", "width", "epochs", "wd", "ghost", "data", "data-dir", "eval-every"):
         parser.add_argument(f"--{flag}")
     parser.add_argument("--init")
     parser.add_argument("--bs", type=int)
@@ -28,7 +28,7 @@ def parse(argv):
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--nap", type=float, default=0.0)
     args = parser.parse_args(argv)
-    name = f"{SCRIPT}_{args.arch or args.depth}_{args.init}_bs{args.bs}"
+    name = "_".join(filter(None, [SCRIPT, args.arch, args.depth, args.ghost, args.init, f"bs{args.bs}"]))
     paths = [args.out / "naps" / f"{name}_lr{lr}_s{seed:02d}.json" for lr in args.lr for seed in range(args.seeds)]
     return args, paths
 
