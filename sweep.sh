@@ -109,6 +109,8 @@ around() { # around EXPONENT N: the power of two, and N on either side
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 
+fail() { echo "error: $1" >&2; exit 2; }
+
 quote() { # a word as both bash and Python's shlex read it (printf %q writes $'...' where the locale lacks a letter)
     case $1 in
         "" | *[!a-zA-Z0-9_./:=,+^-]*) printf "'%s'" "${1//\'/\'\\\'\'}" ;;
@@ -174,10 +176,7 @@ import json, pathlib, sys
 newest = max(pathlib.Path(sys.argv[1]).glob("*.json"), key=lambda path: path.stat().st_mtime)
 for row in json.loads(newest.read_text())["cost"]:
     print(row["target"], round(row["hours"], 1))
-print(newest)' "$out/speed" 2>/dev/null) || {
-        echo "error: no record of speed in $out/speed: run \`python speed.py\` first" >&2
-        exit 2
-    }
+print(newest)' "$out/speed" 2>/dev/null) || fail "no record of speed in $out/speed: run \`python speed.py\` first"
     counts=$(overview) || exit
     awk 'NF == 2 {hours[$1] = $2}
         NF == 7 {printf "%-8s %6s %8s %8s\n", $1, $2, $7, $1 == "target" ? "hours" : $1 in hours ? hours[$1] : "?"}
@@ -301,10 +300,10 @@ queued() { # the command lines in Slurm's queue: a task's comment names a list, 
 }
 
 submit_missing() { # submit what is missing of the command lines on stdin, and not in the queue, as job arrays
-    local lists list queue size todo flags first
+    local lists list queue size=0 todo flags first
     lists=$(mkdir -p "$out/slurm" && cd "$out/slurm" && pwd) || return 2
     queue=$(queued) && size=$(scontrol show config | awk '$1 == "MaxArraySize" {print $3 - 1}')
-    if ! ((size > 0)); then echo "error: --slurm: no answer from Slurm's squeue and scontrol" >&2; return 2; fi
+    if ! ((size > 0)); then fail "--slurm: no answer from Slurm's squeue and scontrol"; fi
     todo=$(missing) || return 2
     mapfile -t todo < <(cut -d ' ' -f 2- <<<"$todo" | grep . | grep -vxFf <(printf '%s\n' "$queue"))
     echo "$target: ${#todo[@]} commands to submit, $(grep -c . <<<"$queue") in the queue"
@@ -327,8 +326,6 @@ task() { # what a task of an array does: its line of the list; it comes back aft
 }
 
 # ---------------------------------------------------------------------------------------------------------- entry point
-
-fail() { echo "error: $1" >&2; exit 2; }
 
 target=status
 if (($#)) && [[ $1 != --* ]]; then target=$1 && shift; fi
