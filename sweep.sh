@@ -90,10 +90,10 @@ resnet50() { # resnet50 VERSION INIT...: one run at each of five learning rates 
 expected_rate() { # the exponent of the optimal rate: proportional to the batch size, then constant (Figure 2)
     local exponent limit size=1
     case $1 in
-        bn) exponent=-7 limit=4 ;;                                # 2^-1 at 64
+        bn) exponent=-7 limit=4 ;; # 2^-1 at 64
         none | biases | dropout | biases+dropout) exponent=-10 limit=-3 ;; # 2^-4 at 64
-        resnet50) exponent=-11 limit=9 ;;                         # 2^-3 at 256
-        *) exponent=-8 limit=1 ;;                                 # 2^-2 at 64
+        resnet50) exponent=-11 limit=9 ;; # 2^-3 at 256
+        *) exponent=-8 limit=1 ;; # 2^-2 at 64
     esac
     while ((size < $2)); do ((size *= 2, exponent += 1)); done
     echo $((exponent < limit ? exponent : limit))
@@ -138,14 +138,19 @@ missing() { # those of the command lines that have runs neither done nor running
     awk -F '\t' '$1 + $3 < $4 {print $4 - $1 - $3, $6}' <<<"$rows"
 }
 
+log_of() { # a command's log: the line, what it printed and `exit CODE`, again for each time that it ran
+    echo "$out/logs/$(printf %s "$1" | sha1sum | cut -c 1-12).log"
+}
+
+last_words() { tail -n 2 "$1" | head -n 1 | tr '\t\r' '  '; }
+
 failures() { # of the commands that failed when they last ran: the line, and why, separated by a tab
-    local log line words code
-    for log in "$out"/logs/*.log; do
+    local log line code
+    for log in "$out"/logs/*.log demo/logs/*.log; do
         code=$(tail -n 1 "$log" 2>/dev/null)
         if [[ $code != exit\ * || $code == "exit 0" || $code == "exit 75" ]]; then continue; fi
         read -r line <"$log"
-        words=$(tail -n 2 "$log" | head -n 1)
-        printf '%s\t%s: %s: %s\n' "$line" "$log" "$code" "${words//[$'\t\r']/ }"
+        printf '%s\t%s: %s: %s\n' "$line" "$log" "$code" "$(last_words "$log")"
     done
 }
 
@@ -187,8 +192,8 @@ print(newest)' "$out/speed" 2>/dev/null) || fail "no record of speed in $out/spe
 # -------------------------------------------------------------------------------------------------------------- running
 
 launch() { # launch RUNS LINE: start a command in a free slot, on its device; torchrun gets all devices and a free port
-    local line=$2 slot=${slots[0]} log words place=(env)
-    log=$out/logs/$(printf %s "$line" | sha1sum | cut -c 1-12).log # the line, its output and `exit CODE`, for each time
+    local runs=$1 line=$2 slot=${slots[0]} log words place=(env)
+    log=$(log_of "$line")
     eval "words=($line)"
     if [[ ${words[0]} == torchrun ]]; then
         words=(-m torch.distributed.run --standalone "${words[1]}" "$here/${words[2]}" "${words[@]:3}")
@@ -199,34 +204,36 @@ launch() { # launch RUNS LINE: start a command in a free slot, on its device; to
     fi
     echo "$line" >>"$log"
     "${place[@]}" "$python" "${words[@]}" </dev/null >>"$log" 2>&1 &
-    line_of[$!]=$line log_of[$!]=$log runs_of[$!]=$1 slot_of[$!]=$slot slots=("${slots[@]:1}")
+    running[$!]="$slot $runs $line" slots=("${slots[@]:1}")
     if [ -n "$stopped" ]; then kill -TERM "$!" 2>/dev/null; fi # the signal came before the command was in the table
 }
 
 stop() { # stop SIGNAL: pass it on; the commands save a checkpoint and end, and so does the sweep once they all have
     stopped=$1
-    if ((${#line_of[@]})); then kill -TERM "${!line_of[@]}" 2>/dev/null; fi
+    if ((${#running[@]})); then kill -TERM "${!running[@]}" 2>/dev/null; fi
 }
 
 reap() { # wait until a command ends, or a signal comes; note how each that has ended did
-    local pid code line log
-    wait -n "${!line_of[@]}" 2>/dev/null
-    for pid in "${!line_of[@]}"; do
+    local pid code slot runs line log
+    wait -n "${!running[@]}" 2>/dev/null
+    for pid in "${!running[@]}"; do
         # Asked one by one, because `wait -n` may miss a command that ends while a signal is handled.
         if kill -0 "$pid" 2>/dev/null; then continue; fi
         wait "$pid"
-        code=$? line=${line_of[$pid]} log=${log_of[$pid]} slots+=("${slot_of[$pid]}")
-        unset "line_of[$pid]"
+        code=$?
         # Told to stop, a command may die before it listens, and torchrun ends with 1 whatever its processes say.
         if [ -n "$stopped" ] && ((code)); then code=75; fi
+        read -r slot runs line <<<"${running[$pid]}"
+        unset "running[$pid]"
+        slots+=("$slot") log=$(log_of "$line")
         if [ -n "$(tail -c 1 "$log")" ]; then echo >>"$log"; fi
         echo "exit $code" >>"$log"
-        ((made += runs_of[$pid]))
+        ((made += runs))
         printf '[%d/%d runs, %d min left] ' "$made" "$wanted" $(((SECONDS - started) * (wanted - made) / made / 60))
         case $code in
             0) echo "$line" ;;
             75) interrupted+=("$line") && echo "interrupted: $line" ;;
-            *) failed+=("$line (exit code $code, see $log)") && echo "FAILED with exit code $code: $line" ;;
+            *) failed+=("$line (exit code $code, see $log)") && echo "FAILED: $line: $(last_words "$log")" ;;
         esac
     done
 }
@@ -244,13 +251,13 @@ run_missing() { # run what is missing of the command lines on stdin, $jobs at a 
         if [ -n "$stopped" ] || [ -z "$line" ]; then break; fi
         launch "$runs" "$line"
     done <<<"$todo"
-    while ((${#line_of[@]})); do reap; done
+    while ((${#running[@]})); do reap; done
 }
 
 edges() { # the next command lines of those grids on stdin that are complete and have an optimum on an edge
     local rows next
     rows=$(status) || return
-    if ! compgen -G "$out/*/*.json" >/dev/null; then return; fi
+    if ! awk -F '\t' '$1 == $4 {exit found = 1} END {exit !found}' <<<"$rows"; then return; fi
     next=$("$python" "$here/plot.py" "$out" --edges) || return
     awk -F '\t' '
         function value(rate,  part) {return split(rate, part, "^") == 2 ? part[1] ^ part[2] : rate + 0}
@@ -352,7 +359,7 @@ if [ -n "$dry" ]; then lines "$target"; exit; fi
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then fail "bash 5.1 or newer is needed to run a sweep"; fi
 if [ -n "$slurm" ]; then sweep submit_missing; exit; fi
 
-declare -A line_of=() log_of=() runs_of=() slot_of=()
+declare -A running=() # process id -> slot, number of runs and line of a command
 trap 'stop TERM' TERM
 trap 'stop USR1' HUP INT USR1
 devices=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)}
@@ -373,9 +380,9 @@ if ((${#failed[@]})); then
     printf '\n%d commands failed; the same sweep makes what is missing:\n' "${#failed[@]}"
     printf '  %s\n' "${failed[@]}"
     code=1
-elif ((${#interrupted[@]})); then
+fi
+if [ -n "$stopped" ] || ((code == 0 && ${#interrupted[@]})); then
+    echo "interrupted: the same sweep makes what is missing"
     code=75
 fi
-if [ -n "$stopped" ]; then code=75; fi
-if ((code == 75)); then echo "interrupted: the same sweep makes what is missing"; fi
 exit $code

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from test_sweep import environment, make_sandbox, noted, printed, sweep, wait_for
+from test_sweep import alive, environment, make_sandbox, noted, printed, start, sweep, wait_for
 
 # -------------------------------------------------------------------------------------------------- what is submitted
 
@@ -103,6 +104,26 @@ def test_a_task_does_its_line_and_what_is_done_is_not_submitted(sandbox, fake):
     (log,) = (sandbox / out / "logs").iterdir()
     assert noted(log) == [noted(Path(call["--comment"]))[2], "exit 0"]
     assert "2 commands to submit" in sweep("table1", "--seeds", 2, "--out", out, "--slurm", "", **options).stdout
+
+
+@pytest.mark.parametrize("name, requeued", [("SIGUSR1", ["requeue 7_1"]), ("SIGTERM", [])])
+def test_a_task_comes_back_unless_it_was_cancelled(sandbox, fake, name, requeued):
+    (fake / "scontrol").write_text(f'#!/bin/bash\necho "$*" >>"{fake}/requeued"\n')
+    lists = sandbox / "results" / "slurm"
+    lists.mkdir(parents=True)
+    (lists / "list").write_text(printed("table1", "--nap", 60, folder=sandbox, INITS="bn", LRS="2^-3")[0] + "\n")
+    task = start(
+        "task",
+        lists / "list",
+        folder=sandbox,
+        **path_with(fake) | {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "9"},
+    )
+    wait_for(lambda: noted(sandbox / "results" / "begun"))
+    task.send_signal(getattr(signal, name))
+    task.communicate(timeout=30)
+    assert task.returncode == 75 and noted(fake / "requeued") == requeued and alive(task.pid) == []
+    (log,) = (sandbox / "results" / "logs").iterdir()
+    assert noted(log)[-1] == "exit 75"
 
 
 def test_grids_grow_by_submitting_again(sandbox, fake):
