@@ -12,32 +12,25 @@ With it, Wide-ResNets of 1000 layers train without any normalization (section 4 
 In this file, in order:
     methods        the rows of the paper's tables, one `Method` each
     layers         ghost batch norm, scalar bias, dropout
-    nets           the pre-activation block and `WideResNet`
+    nets           the residual blocks, `WideResNet` and `ResNet50`
     optimization   initial weights, learning rate schedule, SGD with L2, precision
-    engine         `Run`: one training run; `train`: from a configuration to its record
-    records        one JSON file per run, the only truth about what was run
+    engine         `Run`: one training run, its update and its state; `train`: the loop
 """
 
-import contextlib
-import errno
-import fcntl
-import json
+import functools
+import itertools
 import math
 import os
-import re
-import shlex
-import subprocess
-import sys
-import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------ methods
 
@@ -50,6 +43,7 @@ class Method:
     scalar: bool = False  # ZeroInit 1: a scalar multiplier ends each residual branch and starts at zero
     biases: bool = False  # ZeroInit 2: a bias on each convolution and on the classifier
     dropout: bool = False  # ZeroInit 3: dropout on the classifier's input
+    last_bias: bool = False  # ResNet-V1 only: a scalar bias before each block's last ReLU (section 5)
     fixup: bool = False  # Fixup's four rules (Zhang et al., 2019)
 
     @property
@@ -67,10 +61,26 @@ METHODS = {
     "biases+dropout": Method(biases=True, dropout=True),
     "zeroinit": Method(scalar=True, biases=True, dropout=True),
     "zeroinit-nodropout": Method(scalar=True, biases=True),
+    "zeroinit+bias": Method(scalar=True, biases=True, dropout=True, last_bias=True),
     "fixup": Method(fixup=True),
 }
 
 # ------------------------------------------------------------------------------------------------------------- layers
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over a group of ranks (None: this one alone), also for its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        if group:
+            dist.all_reduce(x := x.clone(), group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient, ctx.group), None
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -78,20 +88,33 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
     `ghost=0` takes the whole batch, and so does a batch smaller than `ghost`; the last ghost batch may be short. The
     running statistics, which evaluation uses, are what sequential passes over the ghost batches leave.
+    With a `group` of ranks, their inputs together are one ghost batch.
     """
 
     def __init__(self, channels: int, ghost: int = 0):
         super().__init__(channels)
-        self.ghost = ghost
+        self.ghost, self.group = ghost, None
 
     def forward(self, x):
-        if not self.training:
-            return self.normalize(x)
-        return (
-            torch.cat([self.normalize(part) for part in x.split(self.ghost)])
-            if 0 < self.ghost < len(x)
-            else self.normalize(x)
-        )
+        several = self.training and 0 < self.ghost < len(x)
+        if self.training and (self.group or (several and torch.compiler.is_compiling() and len(x) % self.ghost == 0)):
+            return self.spell_out(x)
+        return torch.cat([self.normalize(part) for part in x.split(self.ghost)]) if several else self.normalize(x)
+
+    def spell_out(self, x):
+        """The same for all ghost batches at once, as a compiler likes it and as ranks can share it."""
+        parts = x.unflatten(0, (-1, self.ghost if 0 < self.ghost < len(x) else len(x)))
+        parts = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
+        dims, size = (1, 3, 4), parts[0, :, 0].numel() * (dist.get_world_size(self.group) if self.group else 1)
+        mean = SumOverRanks.apply(parts.sum(dims, keepdim=True), self.group) / size
+        centred = parts - mean
+        var = SumOverRanks.apply(centred.square().sum(dims, keepdim=True), self.group) / size
+        with torch.no_grad():
+            for i in range(len(parts)):
+                self.running_mean.lerp_(mean[i].flatten(), self.momentum)
+                self.running_var.lerp_(var[i].flatten() * (size / (size - 1)), self.momentum)
+        scale = (var + self.eps).rsqrt() * self.weight[:, None, None]
+        return (centred * scale + self.bias[:, None, None]).flatten(0, 1).to(x.dtype)
 
     def normalize(self, x):
         """Plain batch norm; the batch's own statistics in training, which also move the running ones."""
@@ -131,9 +154,7 @@ def conv(method: Method, inputs: int, outputs: int, size: int, stride: int = 1) 
 
 def before_activation(method: Method, channels: int, ghost: int) -> nn.Module:
     """What stands between a convolution and its ReLU: batch norm, Fixup's scalar bias, or nothing."""
-    if method.norm:
-        return GhostBatchNorm2d(channels, ghost)
-    return ScalarBias() if method.fixup else nn.Identity()
+    return GhostBatchNorm2d(channels, ghost) if method.norm else before_weights(method)
 
 
 def before_weights(method: Method) -> nn.Module:
@@ -178,30 +199,78 @@ class PreActivationBlock(nn.Module):
         return [self.conv1, self.conv2]
 
 
-class WideResNet(nn.Module):
-    """Wide-ResNet depth-width for (B, 3, H, W) images, logits (B, num_classes); depth must be 6n+4.
+class Bottleneck(nn.Module):
+    """What the residual blocks of both ResNet-50s share: (B, inputs, H, W) to (B, 4 * width, H', W').
 
-    `init` is a key of `METHODS`; `dropout` overrides the method's drop probability (0.6, section 4 of the paper), and
-    `base_init` is the distribution of the initial weights (see `initialize`). Raises ValueError for another depth.
+    The branch has a 1x1, a 3x3 and a 1x1 convolution; `stride_on` ("1x1" or "3x3") says which of the first two has the
+    stride. A block that changes the number of channels, the first one of each group, has a 1x1 projection.
     """
 
-    def __init__(self, depth, width, init="zeroinit", num_classes=10, ghost=64, dropout=None, base_init="lecun"):
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, stride_on: str):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
-        method = METHODS[init]
-        self.drop_probability = (0.6 if method.dropout else 0.0) if dropout is None else dropout
-        self.stem = conv(method, 3, 16, 3)
-        blocks, channels = [], 16
-        for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-            for i in range((depth - 4) // 6):
-                stride = 2 if group > 0 and i == 0 else 1
-                blocks.append(PreActivationBlock(method, channels, outputs, stride, ghost))
-                channels = outputs
+        self.bias1 = before_weights(method)
+        self.conv1 = conv(method, inputs, width, 1, stride if stride_on == "1x1" else 1)
+        self.bias2 = before_weights(method)
+        self.conv2 = conv(method, width, width, 3, stride if stride_on == "3x3" else 1)
+        self.bias3 = before_weights(method)
+        self.conv3 = conv(method, width, 4 * width, 1)
+        self.scale = branch_scale(method)
+        self.projection = conv(method, inputs, 4 * width, 1, stride) if inputs != 4 * width else None
+
+    def branch_convs(self) -> list[nn.Conv2d]:
+        """The convolutions of the residual branch, in order."""
+        return [self.conv1, self.conv2, self.conv3]
+
+
+class BottleneckV1(Bottleneck):
+    """The residual block of ResNet-50-V1 (He et al., 2016a): each norm follows its convolution, a ReLU the sum."""
+
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, ghost: int, stride_on: str):
+        super().__init__(method, inputs, width, stride, stride_on)
+        self.norm1 = before_activation(method, width, ghost)
+        self.norm2 = before_activation(method, width, ghost)
+        self.norm3 = GhostBatchNorm2d(4 * width, ghost) if method.norm else nn.Identity()
+        if self.projection is not None and method.norm:
+            self.projection = nn.Sequential(self.projection, GhostBatchNorm2d(4 * width, ghost))
+        self.last_bias = ScalarBias() if method.fixup or method.last_bias else nn.Identity()
+
+    def forward(self, x):
+        h = self.bias1(x)
+        skip = x if self.projection is None else self.projection(h)
+        h = self.conv2(self.bias2(F.relu(self.norm1(self.conv1(h)))))
+        branch = self.norm3(self.conv3(self.bias3(F.relu(self.norm2(h)))))
+        x = skip + branch if self.scale is None else skip + self.scale * branch
+        return F.relu(self.last_bias(x))
+
+
+class BottleneckV2(Bottleneck):
+    """The residual block of ResNet-50-V2 (He et al., 2016b): pre-activation, as in `PreActivationBlock`."""
+
+    def __init__(self, method: Method, inputs: int, width: int, stride: int, ghost: int, stride_on: str):
+        super().__init__(method, inputs, width, stride, stride_on)
+        self.norm1 = before_activation(method, inputs, ghost)
+        self.norm2 = before_activation(method, width, ghost)
+        self.norm3 = before_activation(method, width, ghost)
+
+    def forward(self, x):
+        h = self.bias1(F.relu(self.norm1(x)))
+        skip = x if self.projection is None else self.projection(h)
+        h = self.conv2(self.bias2(F.relu(self.norm2(self.conv1(h)))))
+        branch = self.conv3(self.bias3(F.relu(self.norm3(h))))
+        return skip + branch if self.scale is None else skip + self.scale * branch
+
+
+class ResidualNet(nn.Module):
+    """What all nets share: a stem, residual blocks, an activation, and a classifier of its mean over the image."""
+
+    def __init__(self, method, stem, blocks, norm, classifier, drop_probability, base_init):
+        super().__init__()
+        self.drop_probability = drop_probability
+        self.stem = stem
         self.blocks = nn.ModuleList(blocks)
-        self.norm = before_activation(method, channels, ghost)
+        self.norm = norm
         self.bias = before_weights(method)
-        self.classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        self.classifier = classifier
         initialize(self, method, base_init)
 
     def forward(self, x, noise=None):
@@ -213,6 +282,68 @@ class WideResNet(nn.Module):
         if self.training and self.drop_probability > 0:
             x = dropout(x, self.drop_probability, noise)
         return self.classifier(self.bias(x))
+
+
+class WideResNet(ResidualNet):
+    """Wide-ResNet depth-width for (B, 3, H, W) images, logits (B, num_classes); depth must be 6n+4.
+
+    `init` is a key of `METHODS`; `dropout` overrides the method's drop probability (0.6, section 4 of the paper), and
+    `base_init` is the distribution of the initial weights (see `initialize`). Raises ValueError for another depth and
+    for the method that is for ResNet-V1 only.
+    """
+
+    def __init__(self, depth, width, init="zeroinit", num_classes=10, ghost=64, dropout=None, base_init="lecun"):
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
+        method = METHODS[init]
+        if method.last_bias:
+            raise ValueError(f"{init} is for ResNet-50-V1, whose blocks end with a ReLU")
+        stem = conv(method, 3, 16, 3)
+        blocks, channels = [], 16
+        for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
+            for i in range((depth - 4) // 6):
+                stride = 2 if group > 0 and i == 0 else 1
+                blocks.append(PreActivationBlock(method, channels, outputs, stride, ghost))
+                channels = outputs
+        norm = before_activation(method, channels, ghost)
+        classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        dropout = 0.6 * method.dropout if dropout is None else dropout
+        super().__init__(method, stem, blocks, norm, classifier, dropout, base_init)
+
+
+class ResNet50(ResidualNet):
+    """ResNet-50 for (B, 3, H, W) images, logits (B, num_classes); `version` is "v1" or "v2" (He et al., 2016a or b).
+
+    `init`, `dropout` (0.2 where the method has it, section 5 of the paper) and `base_init` are as in `WideResNet`. The
+    groups after the first start with a stride of 2, on the first 1x1 convolution in v1 and on the 3x3 one in v2, which
+    `stride_on` ("1x1" or "3x3") overrides. Raises ValueError for another `version` or `stride_on`, and for v2 with the
+    method that is for v1 only.
+    """
+
+    def __init__(
+        self, version, init="zeroinit", num_classes=1000, ghost=256, dropout=None, base_init="lecun", stride_on=None
+    ):
+        method = METHODS[init]
+        if version not in ("v1", "v2") or stride_on not in (None, "1x1", "3x3"):
+            raise ValueError(f"should be v1 or v2, with a stride on 1x1 or 3x3, not {version} and {stride_on}")
+        if method.last_bias and version == "v2":
+            raise ValueError(f"{init} is for ResNet-50-V1, whose blocks end with a ReLU")
+        block, usual = (BottleneckV1, "1x1") if version == "v1" else (BottleneckV2, "3x3")
+        stem_norm = before_activation(method, 64, ghost)
+        stem = nn.Sequential(conv(method, 3, 64, 7, 2), stem_norm, nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
+        blocks, channels = [], 64
+        for width, count in (64, 3), (128, 4), (256, 6), (512, 3):
+            for i in range(count):
+                stride = 2 if width > 64 and i == 0 else 1
+                blocks.append(block(method, channels, width, stride, ghost, stride_on or usual))
+                channels = 4 * width
+        # Where a ReLU has just been, after V2's stem and at the end of V1, the second one changes nothing.
+        norm = nn.Identity() if version == "v1" else before_activation(method, channels, ghost)
+        if version == "v2":
+            blocks[0].norm1 = nn.Identity()
+        classifier = nn.Linear(channels, num_classes, bias=method.classifier_bias)
+        dropout = 0.2 * method.dropout if dropout is None else dropout
+        super().__init__(method, stem, blocks, norm, classifier, dropout, base_init)
 
 
 # ------------------------------------------------------------------------------------------------------- optimization
@@ -261,26 +392,32 @@ def learning_rate(base: float, seen: int, budget: int, drops: int = 10) -> float
     return base * 0.5 ** (1 + past_half * drops // budget if past_half >= 0 else 0)
 
 
-def make_optimizer(net: nn.Module, wd: float, l2_all: bool, scalar_lr: float, momentum: float) -> torch.optim.SGD:
-    """SGD with heavy ball; L2 on convolution and linear weights only, or on everything with `l2_all`.
+def make_optimizer(
+    parameters, gradients, wd: float, l2_all: bool, scalar_lr: float, momentum: float
+) -> torch.optim.SGD:
+    """SGD with heavy ball by these gradients; L2 on convolution and linear weights only, with `l2_all` on everything.
 
-    Each group's "lr" is a tensor on the net's device, to be filled with the scheduled rate times its "multiplier":
+    Each group's "lr" is a tensor on their device, to be filled with the scheduled rate times its "multiplier":
     `scalar_lr` for the 0-dim parameters, one for the rest.
     """
-    device = next(net.parameters()).device
+    device = parameters[0].device
 
     def group(members, decay, multiplier=1.0):
         rate = torch.zeros((), device=device)
         return {"params": members, "lr": rate, "weight_decay": decay, "multiplier": multiplier}
 
-    parameters = list(net.parameters())
     rest_decay = wd if l2_all else 0.0
     groups = [
         group([p for p in parameters if p.ndim > 1], wd),
         group([p for p in parameters if p.ndim == 1], rest_decay),
         group([p for p in parameters if p.ndim == 0], rest_decay, scalar_lr),
     ]
-    return torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, fused=True)
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], momentum=momentum, fused=True)
+    for p, gradient in zip(parameters, gradients, strict=False):
+        p.grad = gradient
+        if momentum:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 @torch.no_grad()
@@ -307,16 +444,36 @@ class UserError(Exception):
     """Something only the user can mend: shown as one line, exit code 2."""
 
 
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks: torchrun's, or (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@functools.cache
+def rank_group(size: int):
+    """The group of `size` consecutive ranks to which this one belongs; None for one."""
+    return dist.new_subgroups(size)[0] if size > 1 else None
+
+
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or a GPU if there is one. Raises UserError where the name is of no device here."""
+    """The named device, or a GPU if there is one (under torchrun, each rank its own); joins the ranks of torchrun.
+
+    Raises UserError where the name is of no device here.
+    """
+    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or default)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=device)
-        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0) -> int:
@@ -334,352 +491,313 @@ def epoch_end(epoch: int, images: int, bs: int) -> int:
     return -(-(epoch + 1) * images // bs)
 
 
+def split_batch(bs: int, ghost: int | None, world: int, micro: int, device: str) -> tuple[int, int, int]:
+    """How an update is divided: images per rank, images per pass, and the number of ranks that share a ghost batch.
+
+    `ghost` is None for nets without batch norm. Every division gives the same update; raises UserError for one that
+    would change the ghost batches.
+    """
+    share = bs // world
+    if bs % world:
+        raise UserError(f"--bs {bs} should be a multiple of the {world} ranks")
+    if ghost is None:
+        return share, min(micro or (64 if device == "cpu" else share), share), 1
+    ghost = min(ghost or bs, bs)
+    if world > 1 and share % ghost and (ghost % share or world % (ghost // share)):
+        raise UserError(f"ghost batches of {ghost} images cannot be made of the {share} that each of {world} ranks has")
+    local = min(ghost, share)
+    if micro % local:
+        raise UserError(f"--micro {micro} should be a multiple of the {local} images of a ghost batch on one rank")
+    # A CPU's caches want passes of one ghost batch; a GPU wants all images at once.
+    return share, min(micro or (local if device == "cpu" else share), share), -(-ghost // share)
+
+
+def flat_views(tensors: list) -> tuple[torch.Tensor, list]:
+    """One flat tensor of zeros, and its consecutive parts, each in the shape and memory layout of a (dense) tensor."""
+    flat = tensors[0].new_zeros(sum(t.numel() for t in tensors))
+    ends = itertools.accumulate(t.numel() for t in tensors)
+    return flat, [flat.as_strided(t.size(), t.stride(), end - t.numel()) for t, end in zip(tensors, ends, strict=True)]
+
+
+def cuda_graph(work, generator):
+    """Record what work() asks of the GPU, on the current stream; returns what does it again in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        work()
+    return graph.replay
+
+
+stop_asked = threading.Event()  # by a signal
+
+
 class Run:
     """One training run: it owns its net, optimizer and random numbers, so its result depends on its configuration only.
 
-    `data` offers `train_images` and `test_images` (how many), `draw(seed, epoch)` (a row of integers per training
-    image, in that epoch's order: which image, and how it is augmented), and `train_batch(rows)` and `test_batches()`,
-    which give (images, labels): (B, 3, H, W) float and (B,) int64 on the device.
+    `data` offers
+        train_images, test_images    how many there are
+        draw(seed, epoch)            a row of integers per training image, in that epoch's order: which one, and how it
+                                     is augmented
+        feed(batches)                an iterator with, for each of a list of such rows, the tensors train_batch takes
+        train_batch(*tensors)        images (B, 3, H, W), float, and labels (B,), int64, on the device
+        test_batches(rank, world)    the same for a rank's share of the test images
+        on_device                    whether feed() only hands on the rows, so that the rest is work of the device
+
+    Under torchrun each rank takes its share of every batch, and one all-reduce per update makes theirs one. In low
+    `precision` ("bf16", "fp16") convolutions and classifier hold their parameters in it, and `masters` are the same in
+    float32, which the optimizer moves.
     """
 
-    def __init__(self, config, net, data, device, precision="off", micro=0, drops=10):
+    def __init__(self, config, net, data, device, precision="off", micro=0, drops=10, compiled=False):
         if config["bs"] > data.train_images:
             raise UserError(f"--bs {config['bs']} is more than the {data.train_images} training images")
-        self.config, self.data, self.device, self.drops = config, data, device, drops
-        self.bs = config["bs"]
-        # A CPU's caches want passes of one ghost batch (any multiple of it gives the same update); a GPU wants all.
-        self.micro = micro or (min(self.bs, config["ghost"] or 64) if device.type == "cpu" else self.bs)
+        self.config, self.data, self.device, self.drops, self.bs = config, data, device, drops, config["bs"]
+        self.rank, self.world = ranks()
+        norms = [m for m in net.modules() if isinstance(m, GhostBatchNorm2d)]
+        ghost = config["ghost"] if norms else None
+        self.share, self.micro, reach = split_batch(self.bs, ghost, self.world, micro, device.type)
+        for norm in norms:
+            norm.group = rank_group(reach)
         self.net = net.to(device, memory_format=torch.channels_last)
-        scalar_lr, momentum = config["scalar_lr"], config["momentum"]
-        self.optimizer = make_optimizer(self.net, config["wd"], config["l2_all"], scalar_lr, momentum)
-        self.rate = None
+        self.compiled = torch.compile(self.net) if compiled else self.net
         self.generator = torch.Generator(device).manual_seed(stream_seed(config["seed"], "dropout"))
-        self.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.totals = torch.zeros(2, device=device, dtype=torch.float64)  # summed loss, right answers
-        self.mirror = self.totals if device.type == "cpu" else torch.zeros(2, dtype=torch.float64).pin_memory()
+        self.lay_out({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+        self.epoch, self.updates, self.history, self.seconds = 0, 0, [], 0.0  # where the run is
+        self.rate, self.diverged, self.stopped = None, False, False
+        self.stream, self.copied, self.replay = None, None, None
+        self.burst = 1  # updates from one look at the host to the next; on a GPU they become one graph
+        if device.type == "cuda":
+            self.stream, self.copied = torch.cuda.Stream(device), torch.cuda.Event()
+            self.burst = max(1, min(32, 512 // self.share))
+
+    def lay_out(self, low: torch.dtype | None):
+        """Make all tensors that an update moves.
+
+        `flat` is what ranks sum up in one all-reduce: the gradients of the masters, the update's tally (summed loss,
+        right answers, ranks asked to stop), and batch norm's running statistics. `tensors` are the run's state.
+        """
+        layers = [m for m in self.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        weights = [p for m in layers for p in m.parameters()]
+        known = {id(p) for p in weights}
+        rest = [p for p in self.net.parameters() if id(p) not in known]
+        self.parameters, self.masters = weights + rest, weights + rest
+        if low:
+            self.masters = [p.detach().clone() for p in weights] + rest
+            for p in weights:
+                p.data = p.data.to(low)
+        self.dtype, self.lowered = weights[0].dtype, weights if low else []
+        self.statistics = [b for name, b in self.net.named_buffers() if "running" in name and self.world > 1]
+        self.flat, views = flat_views([*self.masters, self.masters[0].new_zeros(3), *self.statistics])
+        count = len(self.masters)
+        self.tally, self.averages = views[count], views[count + 1 :]
+        self.slots = [*views[:count], self.tally[0], self.tally[1]]
+        options = {key: self.config[key] for key in ("wd", "l2_all", "scalar_lr", "momentum")}
+        self.optimizer = make_optimizer(self.masters, self.slots, **options)
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # the epoch's tallies
+        self.seen = (
+            self.totals if self.device.type == "cpu" else torch.zeros_like(self.totals, device="cpu").pin_memory()
+        )
+        self.loss_weight = self.flat.new_tensor(1 / self.bs)
+        momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
+        self.tensors = [*self.masters, *momenta, *self.net.buffers(), self.totals]
 
     def forward(self, images, noise=None):
-        """Logits, in float32 or better also under autocast."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.net(images, noise)
-        return logits.float() if self.autocast else logits
+        """Logits, in float32 or better."""
+        return self.compiled(images.to(self.dtype), noise).to(self.flat.dtype)
+
+    def step(self, feed):
+        """One update on what comes next from `feed`, in passes of `micro` images; never waits for the device."""
+        noise = [None] * self.share
+        if self.net.drop_probability > 0:  # that of the whole batch, whatever the division
+            shape = self.bs, self.net.classifier.in_features
+            noise = torch.rand(shape, generator=self.generator, device=self.device)
+            noise = noise[self.rank * self.share :][: self.share].split(self.micro)
+        split = len(self.lowered)
+        for i in range(-(-self.share // self.micro)):
+            began = time.perf_counter()
+            parts = next(feed)
+            self.waited += time.perf_counter() - began
+            images, labels = self.data.train_batch(*parts)
+            logits = self.forward(images, noise[i])
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            gradients = torch.autograd.grad(loss, self.parameters, self.scaler.scale(self.loss_weight))
+            right = (logits.detach().argmax(1) == labels).sum(dtype=loss.dtype)
+            new = [*gradients, loss.detach(), right]
+            add = torch._foreach_add_ if i else torch._foreach_copy_
+            add(self.slots[split:], new[split:])
+            if split:  # the same call would be one launch per tensor if it had two precisions
+                add(self.slots[:split], new[:split])
+        if self.world > 1:
+            self.sum_over_ranks()
+        self.totals += self.tally
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lower()
+
+    def sum_over_ranks(self):
+        """Make the gradients and the tally sums over all ranks, and batch norm's running statistics their averages."""
+        for here, there in zip(self.statistics, self.averages, strict=True):
+            there.copy_(here / self.world)
+        dist.all_reduce(self.flat)
+        for here, there in zip(self.statistics, self.averages, strict=True):
+            here.copy_(there)
+
+    @torch.no_grad()
+    def lower(self):
+        """Give the net the masters' values in its own precision."""
+        if self.lowered:
+            torch._foreach_copy_(self.lowered, self.masters[: len(self.lowered)])
 
     def batches(self, epoch: int):
-        """The rows of each update of a 0-based epoch: batches of exactly `bs`, the last one reaching into the next."""
+        """The rows of a 0-based epoch's updates (updates, share, columns): of `bs` images each, this rank's share.
+
+        The last update reaches into the next epoch.
+        """
         images, bs = self.data.train_images, self.bs
         start, stop = epoch_end(epoch - 1, images, bs) * bs, epoch_end(epoch, images, bs) * bs
         rows = self.data.draw(self.config["seed"], epoch)
         if stop > (epoch + 1) * images:
             rows = torch.cat([rows, self.data.draw(self.config["seed"], epoch + 1)])
-        return rows[start - epoch * images : stop - epoch * images].split(bs)
+        rows = rows[start - epoch * images : stop - epoch * images].unflatten(0, (-1, bs))
+        return rows[:, self.rank * self.share : (self.rank + 1) * self.share]
 
-    def set_learning_rate(self, step: int) -> float:
-        """Give every parameter group its rate for a 0-based update; returns the scheduled rate."""
+    def scheduled(self, update: int) -> float:
+        """The learning rate of a 0-based update."""
         budget = self.config["epochs"] * self.data.train_images
-        rate = learning_rate(self.config["lr"], step * self.bs, budget, self.drops)
+        return learning_rate(self.config["lr"], update * self.bs, budget, self.drops)
+
+    def begin_epoch(self):
+        """Draw the epoch's images, and take up what is left of them."""
+        self.first = epoch_end(self.epoch - 1, self.data.train_images, self.bs)
+        self.rows, self.marked, self.waited = self.batches(self.epoch), time.perf_counter(), 0.0
+        left = self.rows[self.updates - self.first :]
+        self.feed = (
+            None if self.data.on_device else self.data.feed([p for rows in left for p in rows.split(self.micro)])
+        )
+
+    def advance(self, last: int) -> int:
+        """The next burst of updates, up to update `last` or a change of the learning rate; returns how many."""
+        rate, count, at = self.scheduled(self.updates), 1, self.updates - self.first
+        while count < min(self.burst, last - self.updates) and self.scheduled(self.updates + count) == rate:
+            count += 1
         if rate != self.rate:
             self.rate = rate
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(rate * group["multiplier"])
-        return rate
+        if stop_asked.is_set():
+            self.tally[2] = 1
+        if self.replay and count == self.burst:
+            self.static.copy_(self.rows[at : at + count])
+            self.replay()
+        else:
+            self.train_rows(self.rows[at : at + count])
+        self.updates += count
+        self.look()
+        now = time.perf_counter()
+        self.seconds, self.marked = self.seconds + now - self.marked, now
+        return count
 
-    def step(self, rows):
-        """One update on the `bs` images that `rows` describe, `micro` of them per pass; never waits for the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        noise = [None] * self.bs
-        if self.net.drop_probability > 0:
-            shape = self.bs, self.net.classifier.in_features
-            noise = torch.rand(shape, generator=self.generator, device=self.device).split(self.micro)
-        for part, part_noise in zip(rows.split(self.micro), noise, strict=False):
-            images, labels = self.data.train_batch(part)
-            logits = self.forward(images, part_noise)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            self.scaler.scale(loss / self.bs).backward()
-            right = (logits.detach().argmax(1) == labels).sum()
-            self.totals += torch.stack([loss.detach(), right])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def train_rows(self, rows):
+        """An update for each of the rows (updates, share, columns)."""
+        for batch in rows:
+            self.step(self.feed or self.data.feed(batch.split(self.micro)))
 
-    def diverged(self) -> bool:
-        """Whether the loss has become non-finite, as far as the host knows without waiting for the device."""
-        if self.mirror is not self.totals:
-            self.mirror.copy_(self.totals, non_blocking=True)
-        return not math.isfinite(self.mirror.numpy()[0])
+    def look(self):
+        """See whether the loss is still finite, and whether to stop; on a GPU, as of one burst ago, without waiting."""
+        if self.copied:
+            self.copied.synchronize()
+        loss, _, stops = self.seen.numpy()
+        self.diverged, self.stopped = not math.isfinite(loss), stops > 0
+        if self.copied:
+            self.seen.copy_(self.totals, non_blocking=True)
+            self.copied.record()
+
+    def capture(self, record=cuda_graph):
+        """Make each burst of updates one graph; the run stays where it is."""
+        self.begin_epoch()
+        self.static, state = self.rows[: self.burst].clone(), self.state()
+        for _ in range(3):  # lets cuDNN choose its algorithms
+            self.train_rows(self.static[:1])
+        self.load(state)
+        self.replay = record(lambda: self.train_rows(self.static), self.generator)
 
     @torch.no_grad()
-    def test_accuracy(self) -> float:
-        """The share of test images classified rightly, with running statistics and without dropout."""
+    def evaluate(self) -> dict:
+        """The shares of test images classified rightly, with running statistics and without dropout."""
         self.net.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for images, labels in self.data.test_batches():
-            right += (self.forward(images).argmax(1) == labels).sum()
+        right = torch.zeros(2, dtype=torch.int64, device=self.device)
+        for images, labels in self.data.test_batches(self.rank, self.world):
+            logits = self.forward(images)
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            right += torch.stack([hits[:, 0].sum(), hits.sum()])
         self.net.train()
-        return right.item() / self.data.test_images
+        if self.world > 1:
+            dist.all_reduce(right)
+        top1, top5 = (right.double() / self.data.test_images).tolist()
+        return {"test_accuracy": top1} | ({"test_top5": top5} if self.config["model"] == "resnet50" else {})
+
+    def state(self) -> dict:
+        """A copy of all that is needed to go on from here in another process."""
+        images = {"images": self.data.fingerprint}
+        return {
+            "config": self.config | images,
+            "tensors": [t.detach().clone() for t in self.tensors],
+            "generator": self.generator.get_state(),
+            "scaler": self.scaler.state_dict(),
+            "place": (self.epoch, self.updates, self.seconds, list(self.history)),
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict):
+        """Go to where a state was taken."""
+        for ours, theirs in zip(self.tensors, state["tensors"], strict=True):
+            ours.copy_(theirs)
+        self.generator.set_state(state["generator"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.updates, self.seconds, self.history = state["place"]
+        self.totals[2] = 0  # whoever asked to stop has been heard
+        self.lower()
 
 
-def train(run: Run, name: str, eval_every: int) -> dict:
-    """Train a run for its whole budget; returns its record without "data" and "environment".
+def train(run: Run, eval_every: int):
+    """Train a run from where it is to the end of its budget, measuring the test accuracy every `eval_every` epochs.
 
-    The test accuracy is measured every `eval_every` epochs and after the last one. A non-finite loss ends the run at
-    once, with the status "diverged".
+    A generator: it yields the number of new images after each burst of updates, when the run's state may be saved. It
+    ends early, with `run.diverged`, once the loss is not finite.
     """
-    epochs, images, bs = run.config["epochs"], run.data.train_images, run.bs
-    history, busy, steps = [], 0.0, epoch_end(epochs - 1, images, bs)
-    progress = Progress(name, epochs, steps * bs)
-    for epoch in range(epochs):
-        began, first = time.perf_counter(), epoch_end(epoch - 1, images, bs)
+    epochs, images = run.config["epochs"], run.data.train_images
+    while run.epoch < epochs:
+        last = epoch_end(run.epoch, images, run.bs)
+        run.begin_epoch()
+        while run.updates < last:
+            count = run.advance(last)
+            if run.diverged:
+                return
+            yield count * run.bs
+        loss, right, _ = (run.totals / ((last - run.first) * run.bs)).tolist()
+        rate, l2 = run.scheduled(run.first), l2_part(run.optimizer)
+        run.diverged = not math.isfinite(loss + l2)
+        if run.diverged:
+            return
+        seconds = run.seconds + time.perf_counter() - run.marked
+        entry = {"epoch": run.epoch + 1, "lr": rate, "train_loss": loss, "l2": l2, "train_accuracy": right}
+        if (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == epochs:
+            entry |= run.evaluate()
+        entry |= {"data_wait": run.waited / seconds} if run.feed else {}
+        run.history.append(entry | {"seconds": seconds})
+        run.epoch, run.seconds = run.epoch + 1, 0.0
         run.totals.zero_()
-        rate = run.set_learning_rate(first)
-        batches = run.batches(epoch)
-        for step, rows in enumerate(batches, first):
-            run.set_learning_rate(step)
-            run.step(rows)
-            progress.update(bs)
-            if run.diverged():
-                progress.close(f"diverged at update {step + 1}")
-                return outcome(run, "diverged", history, diverged_at_step=step + 1)
-        loss, right = (run.totals / (len(batches) * bs)).tolist()
-        busy += time.perf_counter() - began
-        entry = {"epoch": epoch + 1, "lr": rate, "train_loss": loss, "l2": l2_part(run.optimizer)}
-        if not math.isfinite(loss + entry["l2"]):  # the epoch's last update
-            progress.close(f"diverged at update {step + 1}")
-            return outcome(run, "diverged", history, diverged_at_step=step + 1)
-        entry["train_accuracy"] = right
-        if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs:
-            entry["test_accuracy"] = run.test_accuracy()
-        history.append(entry | {"seconds": time.perf_counter() - began})
-        progress.epoch(entry)
-    progress.close()
-    return outcome(run, "done", history, images_per_second=steps * bs / busy)
 
 
-def outcome(run: Run, status: str, history: list, **extra) -> dict:
+def outcome(run: Run) -> dict:
     """The part of a record that training decides; a diverged run has no final numbers."""
-    final = dict.fromkeys(("test_accuracy", "train_loss", "train_objective"))
-    if status == "done":
-        last = history[-1]
-        objective = last["train_loss"] + last["l2"]
-        final = {"test_accuracy": last["test_accuracy"], "train_loss": last["train_loss"], "train_objective": objective}
-    return {"config": run.config, "status": status, "history": history, "final": final} | extra
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
-
-    def __init__(self, name: str, epochs: int, images: int):
-        self.name, self.epochs, self.said = name, epochs, -math.inf
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=images, desc=name, unit=" images", unit_scale=True, smoothing=0.1, disable=not terminal)
-
-    def update(self, images: int):
-        self.bar.update(images)
-
-    def epoch(self, entry: dict):
-        """Show an epoch's history entry."""
-        text = f"loss {entry['train_loss']:.3f}, train {entry['train_accuracy']:.1%}"
-        if "test_accuracy" in entry:
-            text += f", test {entry['test_accuracy']:.1%}"
-        last = entry["epoch"] == self.epochs
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text)
-        elif last or time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            print(f"{self.name}: epoch {entry['epoch']}/{self.epochs}, {text}", flush=True)
-
-    def close(self, text: str = ""):
-        self.bar.close()
-        if text:
-            print(f"{self.name}: {text}", flush=True)
-
-
-def train_missing(runs: dict, build, load_data, device, amp="auto", micro=0, eval_every=0):
-    """Make every run that has no record yet: `runs` maps the path of each record to its configuration.
-
-    `build(config)` makes a net and `load_data()` the data, which is loaded only if a run is missing. Raises UserError
-    where a record holds another configuration or other images than it would be given now.
-    """
-    missing = {path: config for path, config in runs.items() if not is_done(path, config)}
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} done", flush=True)
-    if not missing:
-        return
-    for path in missing:
-        check_writable(path.parent)
-    data = load_data()
-    for path in runs.keys() - missing.keys():
-        known = read_record(path)["data"]["fingerprint"]
-        if known != data.fingerprint:
-            raise UserError(
-                f"{path} was made with other images ({known}, now {data.fingerprint}): choose another --out"
-            )
-    precision = pick_precision(amp, device)
-    keys = ("name", "fingerprint", "train_images", "test_images")
-    about = {"data": {key: getattr(data, key) for key in keys}, "environment": environment(device, precision)}
-    for path, config in missing.items():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config["seed"], "weights"))
-            net = build(config)
-        run = Run(config, net, data, device, precision, micro)
-        record = train(run, path.stem, eval_every or math.ceil(config["epochs"] / 20))
-        write_record(path, record | about)
-
-
-def print_plan(runs: dict, build, images: int):
-    """Print what `train_missing` would do on so many training images: the net, the updates, the schedule, the runs."""
-    config = next(iter(runs.values()))
-    bs, epochs = config["bs"], config["epochs"]
-    with torch.device("meta"):
-        net = build(config)
-    weights = sum(p.numel() for p in net.parameters())
-    budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
-    halvings = math.log2(config["lr"] / learning_rate(config["lr"], (steps - 1) * bs, budget))
-    print(f"{type(net).__name__} {config['init']}: {weights:,} trainable parameters")
-    print(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs")
-    print(f"learning rate constant for {-(-budget // (2 * bs)):,} updates, then halved {halvings:.0f} times")
-    for path, config in runs.items():
-        print("done   " if is_done(path, config) else "missing", path)
-
-
-# ------------------------------------------------------------------------------------------------------------ records
-
-
-def power(value: float) -> str:
-    """A learning rate as the paper writes it: 2^-2 for 0.25; other numbers as they are."""
-    mantissa, exponent = math.frexp(value)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{value:g}"
-
-
-def run_name(model: str, config: dict, defaults: dict) -> str:
-    """A run's name, from everything that decides its result; options that have their default value are left out."""
-    name = f"{model}_{config['init']}_bs{config['bs']}_lr{power(config['lr'])}_ep{config['epochs']}"
-    for key, default in defaults.items():
-        if config[key] != default:
-            value = config[key]
-            name += f"_{key.replace('_', '')}" + (
-                "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
-            )
-    return f"{name}_s{config['seed']:02d}"
-
-
-def read_record(path: Path) -> dict | None:
-    """The valid record at `path`, or None where there is no file or something else."""
-    try:
-        record = json.loads(path.read_text(), parse_constant=lambda name: float(name + "?"))
-        valid = record["status"] in ("done", "diverged") and record["config"] and record["data"]["fingerprint"]
-        return record if valid and "history" in record and "final" in record else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_done(path: Path, config: dict) -> bool:
-    """Whether the run's record exists. Raises UserError if the record of that name has another configuration."""
-    record = read_record(path)
-    if record is None:
-        return False
-    theirs = record["config"]
-    for key in config.keys() | theirs.keys():
-        if theirs.get(key) != config.get(key):
-            raise UserError(f"{path} holds another run: its {key} is {theirs.get(key)}, not {config.get(key)}")
-    return True
-
-
-def is_running(path: Path) -> bool:
-    """Whether another process holds the lock (fcntl) of the run whose record will be `path`."""
-    try:
-        with open(path.with_suffix(".lock"), "rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except (BlockingIOError, PermissionError):  # both mean "locked", depending on the system
-        return True
-    return False
-
-
-def print_status(lines, configurations):
-    """For each command line: done, diverged, running and all runs, the grid and the line itself, separated by tabs.
-
-    `configurations(argv)` gives the runs of what follows the script's name in a line; a grid is the runs that differ
-    only in learning rate and seed. Diverged runs are among the done.
-    """
-    for line in filter(None, map(str.strip, lines)):
-        words = shlex.split(line, comments=True)
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        runs = configurations(words[script + 1 :])
-        records = {path: read_record(path) for path, config in runs.items() if is_done(path, config)}
-        diverged = sum(record["status"] == "diverged" for record in records.values())
-        running = sum(is_running(path) for path in runs.keys() - records.keys())
-        path = next(iter(runs))
-        grid = f"{path.parent.name}/" + re.sub(r"_lr[^_]+|_s\d+$", "", path.stem)
-        print(len(records), diverged, running, len(runs), grid, line, sep="\t")
-
-
-def write_record(path: Path, record: dict):
-    """Write a record as strict JSON, completely or not at all; a foreign file of that name is set aside."""
-    text = json.dumps(record, allow_nan=False, indent=1)
-    if path.exists():
-        path.replace(path.with_suffix(".json.broken"))
-        print(f"{path} was not a valid record: kept as {path.name}.broken", file=sys.stderr)
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path):
-    """A binary file that takes the name `path` only once it is complete and on the disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def check_writable(folder: Path):
-    """Make the folder if need be. Raises UserError if no file can be written in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
-
-
-def environment(device: torch.device, precision: str) -> dict:
-    """What a run was made with, for its record."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "commit": commit,
-    }
-
-
-def exit_code(main) -> int:
-    """Call main() and turn what ends it into an exit code: 0 done, 1 failed, 2 bad usage or data, 75 interrupted."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.filename or 'the disk'}: {error.strerror}; free some space and run again", file=sys.stderr
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command makes the runs that are missing", file=sys.stderr)
-        return 75
-    return 0
+    record = {"config": run.config, "status": "diverged" if run.diverged else "done", "history": run.history}
+    keys = ["test_accuracy", "train_loss", "train_objective"]
+    if run.diverged:
+        return record | {"final": dict.fromkeys(keys), "diverged_at_step": run.updates}
+    last = run.history[-1]
+    last = last | {"train_objective": last["train_loss"] + last["l2"]}
+    final = {key: last[key] for key in (*keys, "test_top5") if key in last}
+    speed = run.updates * run.bs / sum(entry["seconds"] for entry in run.history)
+    return record | {"final": final, "images_per_second": speed}

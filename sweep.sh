@@ -178,12 +178,15 @@ cost() { # runs, missing runs, and the hours of all runs by the newest record of
     local hours counts
     hours=$("$python" -c '
 import json, pathlib, sys
-newest = max(pathlib.Path(sys.argv[1]).glob("*.json"), key=lambda path: path.stat().st_mtime)
-for row in json.loads(newest.read_text())["cost"]:
-    print(row["target"], round(row["hours"], 1))
-print(newest)' "$out/speed" 2>/dev/null) || fail "no record of speed in $out/speed: run \`python speed.py\` first"
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json"), key=lambda path: -path.stat().st_mtime):
+    rows = json.loads(path.read_text()).get("cost")
+    if rows:
+        print(*("{target} {hours:.1f}".format(**row) for row in rows), path, sep="\n")
+        break
+else:
+    sys.exit(1)' "$out/speed" 2>/dev/null) || fail "no record of speed in $out/speed: run \`python speed.py\` first"
     counts=$(overview) || exit
-    awk 'NF == 2 {hours[$1] = $2}
+    awk 'NF == 2 {hours[$1] = $2; if (sub("fig1", "fig2") || sub("fig3", "fig4")) hours[$1] = $2}
         NF == 7 {printf "%-8s %6s %8s %8s\n", $1, $2, $7, $1 == "target" ? "hours" : $1 in hours ? hours[$1] : "?"}
         /^$/ {exit}' <<<"$hours"$'\n'"$counts"
     echo "hours on this machine, by ${hours##*$'\n'}"

@@ -9,8 +9,8 @@ Each run leaves one JSON record in --out; runs that have theirs are skipped, so 
 import argparse
 import fcntl
 import hashlib
-import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import runner
 from common import METHODS, UserError, WideResNet
 
 SHAPES = 4096  # training images of the generated data
@@ -50,30 +51,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def make_parser() -> Parser:
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=show)
-    add = parser.add_argument_group("network").add_argument
-    add("--depth", type=positive, default=16, help="6n+4")
-    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
-    add("--init", choices=METHODS, default="zeroinit", help="the method, a row of the paper's tables")
-    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
-    add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
-    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")
+def add_shared_flags(parser: Parser, **defaults):
+    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--bs", "--batch-size", type=positive, default=64, help="images per update")
-    add("--lr", type=rate, nargs="+", default=[0.25], help="learning rates, one run each: 0.25 or 2^-2")
-    add("--epochs", type=positive, default=200, help="the budget; the learning rate schedule scales with it")
+    add("--bs", "--batch-size", type=positive, help="images per update")
+    add("--lr", type=rate, nargs="+", help="learning rates, one run each: 0.25 or 2^-2")
+    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
     add("--momentum", type=fraction, default=0.9, help="heavy ball")
-    add("--wd", type=coefficient, default=5e-4, help="L2 coefficient")
+    add("--wd", type=coefficient, help="L2 coefficient")
     add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
     add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", choices=("cifar10", "folder", "shapes"), default="cifar10", help="folder: DIR/{train,test}/CLASS/*")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or the folder of images")
-    add("--data-name", help="name of the images in records and reports [the folder's own name]")
-    add("--train-size", type=positive, help="train on this many images only")
-    add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
     group = parser.add_argument_group("runs")
     seeds = group.add_mutually_exclusive_group()
     seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
@@ -81,11 +68,38 @@ def make_parser() -> Parser:
     add = group.add_argument
     add("--out", type=Path, default=Path("results"), help="folder of the records")
     add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
+    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
+    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
+    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
     add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
     add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
+    add("--concurrent", type=natural, default=0, help="runs to train at once in this process; 0: chosen for speed")
+    add("--compile", action="store_true", help="let torch.compile make the kernels")
+    add("--eager", action="store_true", help="no CUDA graphs")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="read such command lines from stdin; print done, diverged and all runs")
+    parser.set_defaults(**defaults)
+
+
+def make_parser() -> Parser:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=show)
+    add = parser.add_argument_group("network").add_argument
+    add("--depth", type=positive, default=16, help="6n+4")
+    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
+    inits = [init for init, method in METHODS.items() if not method.last_bias]  # that one is for ResNet-V1
+    add("--init", choices=inits, default="zeroinit", help="the method, a row of the paper's tables")
+    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
+    add("--dropout", type=fraction, help="drop probability instead of the method's (0.6 where it has dropout)")
+    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="distribution of initial weights")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", choices=("cifar10", "folder", "shapes"), default="cifar10", help="folder: DIR/{train,test}/CLASS/*")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or goes, or the folder of images")
+    add("--data-name", help="name of the images in records and reports [the folder's own name]")
+    add("--train-size", type=positive, help="train on this many images only")
+    add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
+    add_shared_flags(parser, bs=64, lr=[0.25], epochs=200, wd=5e-4)
     return parser
 
 
@@ -93,43 +107,49 @@ def parse_args(argv=None) -> argparse.Namespace:
     """Parse and check the flags; a bad one ends with one line and exit code 2."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    method = METHODS[args.init]
     if args.depth < 10 or (args.depth - 4) % 6:
         parser.error(f"argument --depth: should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {args.depth}")
-    if args.dropout is not None and not method.dropout:
-        parser.error(f"argument --dropout: --init {args.init} has no dropout")
-    ghost = min(args.ghost or args.bs, args.bs)
-    if method.norm and args.micro % ghost:
-        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+    check_shared_flags(parser, args)
     names = {"cifar10": "CIFAR-10", "shapes": "shapes", "folder": args.data_dir.resolve().name}
     args.data_name = args.data_name or names[args.data]
     return args
 
 
+def check_shared_flags(parser: Parser, args: argparse.Namespace):
+    """What must hold between the flags of either script."""
+    method, share = METHODS[args.init], max(1, args.bs // int(os.environ.get("WORLD_SIZE", 1)))
+    ghost = min(args.ghost or args.bs, share)
+    if args.dropout is not None and not method.dropout:
+        parser.error(f"argument --dropout: --init {args.init} has no dropout")
+    if method.norm and args.micro % ghost:
+        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+
+
 def configurations(args: argparse.Namespace) -> dict:
     """All runs that the flags ask for: the path of each record -> everything that decides its result."""
+    net = {"model": "wrn", "depth": args.depth, "width": args.width}
+    defaults = {"ghost": 64, "dropout": 0.6, "wd": 5e-4, "momentum": 0.9, "l2_all": False, "scalar_lr": 1.0}
+    defaults |= {"base_init": "lecun", "pad_mode": "zeros", "train_size": None}
+    return one_per_rate_and_seed(args, f"wrn{args.depth}-{args.width}", net, defaults)
+
+
+def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defaults: dict) -> dict:
+    """The runs of either script: their names begin with `prefix` and hold each flag that is not as in `defaults`.
+
+    Methods without batch norm have no ghost batches and those without dropout a probability of zero, by default.
+    """
     method = METHODS[args.init]
-    defaults = {
-        "ghost": min(64, args.bs) if method.norm else None,
-        "dropout": 0.6 if method.dropout else 0.0,
-        "wd": 5e-4,
-        "momentum": 0.9,
-        "l2_all": False,
-        "scalar_lr": 1.0,
-        "base_init": "lecun",
-        "pad_mode": "zeros",
-        "train_size": None,
-    }
-    shared = {key: getattr(args, key) for key in ("depth", "width", "init", "bs", "epochs", *defaults)}
+    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
+    defaults["dropout"] *= method.dropout
+    shared = net | {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
     shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
     slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
     runs = {}
     for lr in args.lr:
         for seed in range(args.seeds) if args.seed is None else [args.seed]:
-            config = {"model": "wrn", "data": args.data_name, "lr": lr, "seed": seed} | shared
-            name = common.run_name(f"wrn{args.depth}-{args.width}", config, defaults)
-            runs[args.out / slug / f"{name}.json"] = config
+            config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
+            runs[args.out / slug / f"{runner.run_name(prefix, config, defaults)}.json"] = config
     return runs
 
 
@@ -141,6 +161,8 @@ class Images:
 
     `train` and `test` are pairs of uint8 images (N, H, W, 3) and int64 labels (N,).
     """
+
+    on_device = True
 
     def __init__(self, name, train, test, device, pad_mode="zeros", train_size=None):
         digest = hashlib.sha256()
@@ -156,38 +178,44 @@ class Images:
         self.train_images, self.test_images = len(images), len(test[0])
         self.size, self.pad = images.shape[1], images.shape[1] // 8  # four pixels of zeros around 32x32
         pixels = images.reshape(-1, 3) / np.float32(255)
-        self.mean, self.std = (torch.tensor(f(pixels, axis=0), device=device) for f in (np.mean, np.std))
+        mean, std = pixels.mean(0), pixels.std(0).clip(1e-6)
+        self.scale, self.shift = (torch.tensor(x, device=device) for x in (1 / (255 * std), -mean / std))
         border = (0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)
         padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
         self.side = padded.shape[1]
-        self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
-        self.labels = torch.from_numpy(labels).to(device)
-        self.test = torch.from_numpy(test[0]).to(device), torch.from_numpy(test[1]).to(device)
+        self.pixels, self.labels = torch.from_numpy(padded.reshape(-1, 3)).to(device), torch.from_numpy(labels)
+        crop = torch.arange(self.size)[:, None] * self.side + torch.arange(self.size)
+        self.crop = torch.stack([crop.flatten(), crop.flip(1).flatten()]).to(
+            device
+        )  # its pixels, as they are or flipped
+        self.test = torch.from_numpy(test[0]).flatten(1, 2).to(device), torch.from_numpy(test[1]).to(device)
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:
-        """The training images in an epoch's order: rows (index, first pixel row, first pixel column, flip)."""
+        """The training images in an epoch's order: rows (the crop's first pixel in `pixels`, flip, label)."""
         generator = torch.Generator().manual_seed(common.stream_seed(seed, "data", epoch))
         order = torch.randperm(self.train_images, generator=generator)
         corner = torch.randint(2 * self.pad + 1, (2, self.train_images), generator=generator)
         flip = torch.randint(2, (self.train_images,), generator=generator)
-        return torch.stack([order, *corner, flip], 1).to(self.device)
+        first = (order * self.side + corner[0]) * self.side + corner[1]
+        return torch.stack([first, flip, self.labels[order]], 1).to(self.device)
+
+    def feed(self, batches):
+        return ((rows,) for rows in batches)
 
     def train_batch(self, rows: torch.Tensor):
         """The images and labels that rows describe: cropped, flipped, standardized, (B, 3, H, W) channels last."""
-        index, top, left, flip = rows.unbind(1)
-        along = torch.arange(self.size, device=self.device)
-        down = (index * self.side + top)[:, None] + along
-        across = left[:, None] + torch.where(flip[:, None] == 1, self.size - 1 - along, along)
-        images = self.pixels[down[:, :, None] * self.side + across[:, None, :]]
-        return self.standardize(images), self.labels[index]
+        first, flip, labels = rows.unbind(1)
+        return self.standardize(self.pixels[first[:, None] + self.crop[flip]]), labels
 
-    def test_batches(self, bs: int = 500):
-        """All test images in order, as they are."""
-        for images, labels in zip(self.test[0].split(bs), self.test[1].split(bs), strict=True):
-            yield self.standardize(images), labels
+    def test_batches(self, rank: int = 0, world: int = 1, bs: int = 500):
+        """A rank's share of the test images, as they are."""
+        images, labels = (part[rank::world].to(self.device) for part in self.test)
+        yield from zip(map(self.standardize, images.split(bs)), labels.split(bs), strict=True)
 
     def standardize(self, images):
-        return ((images / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+        """uint8 (B, H * W, 3) to float (B, 3, H, W)."""
+        images = torch.addcmul(self.shift, images, self.scale)
+        return images.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
 
 
 def load_cifar10(folder: Path):
@@ -244,7 +272,7 @@ def load_folder(folder: Path, size: int = 32):
         images = [read_image(p, size) for p in tqdm(files, "decoding", unit=" images", disable=not sys.stderr.isatty())]
         data.append((np.stack(images), np.array([label[p.parent.name] for p in files], dtype=np.int64)))
     try:
-        with common.atomic_write(cache) as file:
+        with runner.atomic_write(cache) as file:
             (images, labels), (test_images, test_labels) = data
             np.savez(
                 file,
@@ -358,15 +386,12 @@ def count_images(args: argparse.Namespace) -> int:
 def main():
     args = parse_args()
     if args.status:
-        return common.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
+        return runner.print_status(sys.stdin, lambda argv: configurations(parse_args(argv)))
     runs = configurations(args)
     if args.dry_run:
-        return common.print_plan(runs, make_net, count_images(args))
-    device = common.pick_device(args.device)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    print(json.dumps(flags), flush=True)
-    common.train_missing(runs, make_net, lambda: load_data(args, device), device, args.amp, args.micro, args.eval_every)
+        return runner.print_plan(runs, make_net, count_images(args), args)
+    runner.train_missing(runs, make_net, lambda device: load_data(args, device), args)
 
 
 if __name__ == "__main__":
-    sys.exit(common.exit_code(main))
+    sys.exit(runner.exit_code(main))

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-import common
+import resnet_imagenet
 import wrn_cifar
 
 HERE = Path(wrn_cifar.__file__).parent
 STANDIN = Path(__file__).parent / "standin.py"
 TINY = ["--train-size", "64", "--bs", "32", "--epochs", "1", "--amp", "off", "--device", "cpu"]
 RUNS = {"fig1": 3150, "fig2": 3150, "fig3": 3465, "fig4": 3465, "table1": 630, "table2": 630, "table3": 630, "demo": 12}
+RUNS |= {"table4": 60, "table5": 60}
 SMALL = {"DEPTHS": "10", "LRS": "2^-3 2^-2", "EXTEND": "0"}  # the demo's three methods, a line of two runs each
 
 
@@ -103,9 +104,9 @@ def configurations(target, *argv, **options):
     """The runs of a target's command lines, each parsed by the script's own parser."""
     runs = {}
     for line in printed(target, *argv, **options):
-        python, script, *flags = shlex.split(line)
-        assert (python, script) == ("python", "wrn_cifar.py")
-        runs |= wrn_cifar.configurations(wrn_cifar.parse_args(flags))
+        command, *flags = re.split(r" (?=--arch|--init|--data)", line, maxsplit=1)
+        script = {"python wrn_cifar.py": wrn_cifar, "torchrun --nproc_per_node=8 resnet_imagenet.py": resnet_imagenet}
+        runs |= script[command].configurations(script[command].parse_args(shlex.split(flags[0])))
     return runs
 
 
@@ -117,6 +118,7 @@ def paper():
 @pytest.mark.parametrize("target", RUNS)
 def test_every_line_parses_and_the_runs_are_as_many_as_expected(target, paper):
     # Figure 1: 10 batch sizes x 3 methods x 7 rates x 15 seeds. Figure 3: 11 batch sizes. Tables: 6 rows x 7 x 15 each.
+    # On ImageNet: 3 batch sizes x 4 methods x 5 rates.
     assert len(paper[target]) == RUNS[target]
 
 
@@ -387,7 +389,7 @@ def test_overview(sandbox):
     )
     held = sandbox / "results" / "naps" / "wrn_cifar_biases_bs64_lr2^-3_s00.lock"
     with open(held, "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = sweep(
             "status", "--seeds", 2, **options, INITS="bn none zeroinit fixup biases", BATCHES="64", DEPTHS="16"
         )
@@ -417,7 +419,7 @@ def test_runs_that_another_process_makes_are_left_to_it(sandbox):
     with contextlib.ExitStack() as stack:
         for k in (-3, -2):
             lock = stack.enter_context(open(folder / f"wrn_cifar_10_bn_bs16_lr2^{k}_s00.lock", "w"))
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         done = sweep("demo", folder=sandbox, **SMALL)
     assert done.returncode == 0 and "4 runs to make by 2 commands" in done.stdout
     assert not any("_bn_" in name for name in noted(sandbox / "demo" / "begun"))
@@ -445,19 +447,3 @@ def test_cost(sandbox):
     assert counts["target"] == ["runs", "missing", "hours"]
     assert counts["table1"] == ["4", "3", "1.2"] and counts["demo"][2] == "0.0" and counts["fig1"][2] == "?"
     assert done.stdout.splitlines()[-1].endswith("results/speed/0.json")
-
-
-# -------------------------------------------------------------------------------------------------- the lock of a run
-
-
-def test_is_running_sees_the_lock_of_another_process(tmp_path):
-    path = tmp_path / "lr0.3_s00.json"
-    assert not common.is_running(path)
-    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    command = [sys.executable, "-c", hold, str(tmp_path / "lr0.3_s00.lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        assert common.is_running(path)
-        process.kill()
-        process.wait()
-    assert not common.is_running(path)  # a lock that a dead process left behind

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import common
+import runner
 import wrn_cifar
 from common import UserError
+from runner import exit_code
 
 CPU = torch.device("cpu")
 QUICK = "--data shapes --depth 10 --width 1 --train-size 96 --bs 32 --epochs 2 --amp off --device cpu"
@@ -20,7 +21,7 @@ QUICK = "--data shapes --depth 10 --width 1 --train-size 96 --bs 32 --epochs 2 -
 def script(*argv, flags=QUICK):
     """Run wrn_cifar.py in this process."""
     sys.argv = ["wrn_cifar.py", *flags.split(), *map(str, argv)]
-    return common.exit_code(wrn_cifar.main)
+    return exit_code(wrn_cifar.main)
 
 
 def records(out):
@@ -197,7 +198,7 @@ def test_bad_data_ends_in_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_stops_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common, "train", None)
+    monkeypatch.setattr(runner, "train", None)
     (tmp_path / "file").write_text("")
     assert script("--out", tmp_path / "file") == 2  # (a read-only folder does not stop root)
     assert str(tmp_path / "file") in capsys.readouterr().err

@@ -1,0 +1,354 @@
+"""How fast this code trains, beside a plain PyTorch loop, and what the paper's experiments therefore cost.
+
+    python speed.py                          # Wide-ResNet 16-4: a table, and a record in results/speed/
+    python speed.py --photos DIR             # also the ImageNet input pipeline, on a folder of photographs
+
+All that is compared runs interleaved in this process: each figure is the median over the rounds, with the lowest and
+the highest. The images are generated; their content does not matter to the time.
+"""
+
+import argparse
+import bisect
+import functools
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import common
+import runner
+import wrn_cifar
+from common import WideResNet
+from wrn_cifar import Parser, number, positive
+
+WHOLE = "bn (whole batch)"
+METHODS = ["bn", WHOLE, "none", "zeroinit", "fixup"]
+TRAFFIC = {"bn": 17e6, "other": 14e6}  # bytes that a step of Wide-ResNet 16-4 in bf16 moves per image
+
+# ---------------------------------------------------------------------------------------------------------- contenders
+
+
+class Pictures(Dataset):
+    """Images as torchvision's CIFAR10 gives them: PIL, through the usual transforms."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+        steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        self.transform = transforms.Compose([*steps, transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+
+
+def plain(net, pictures, bs, device):
+    """A textbook's training loop; yields the number of images after each update."""
+    net, total = net.to(device), 0.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=2**-10, momentum=0.9, weight_decay=5e-4)
+    loader = DataLoader(pictures, batch_size=bs, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
+    while True:
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images.to(device)), labels.to(device))
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            yield bs
+
+
+def ours(methods, args, bs, data, device, precision, capture):
+    """This engine's, for one run or several at once; yields the number of images after a burst of each."""
+    bursts = []
+    for seed, method in enumerate(methods):
+        config, net = make(method, args, bs)
+        run = common.Run(config | {"seed": seed}, net, data, device, precision)
+        with runner.on_stream(run):
+            if capture:
+                run.capture()
+        bursts.append((run, common.train(run, 10**9)))
+    while True:
+        yield sum(advance(run, burst) for run, burst in bursts)
+
+
+def advance(run, bursts) -> int:
+    with runner.on_stream(run):
+        return next(bursts)
+
+
+def make(method, args, bs):
+    """The configuration and the net of a method."""
+    init, ghost = ("bn", 0) if method == WHOLE else (method, 64)
+    line = f"--depth {args.depth} --width {args.width} --init {init} --ghost {ghost} --bs {bs} --lr 2^-10 --epochs 9999"
+    (config,) = wrn_cifar.configurations(wrn_cifar.parse_args(line.split())).values()
+    return config, wrn_cifar.make_net(config)
+
+
+def contenders(args, bs, data, pictures, device, precision) -> dict:
+    """What is compared at a batch size: (method, engine, runs, precision) -> an iterator of trained images."""
+    entries = {}
+    for method in args.methods:
+        if method == WHOLE and bs <= 64:
+            continue  # the ghost batch is the whole batch anyway
+        if method in ("bn", "none"):
+            net = WideResNet(args.depth, args.width, method, ghost=0)
+            entries[method, "plain", 1, "off"] = plain(net, pictures, bs, device)
+        engine = functools.partial(ours, args=args, bs=bs, data=data, device=device)
+        for p in dict.fromkeys(("off", precision) if device.type == "cpu" else (precision,)):
+            entries[method, "ours", 1, p] = engine([method], precision=p, capture=device.type == "cuda")
+        if device.type == "cuda":
+            entries[method, "eager", 1, precision] = engine([method], precision=precision, capture=False)
+            runs = runner.side_by_side(device, bs)
+            if runs > 1:
+                entries[method, "concurrent", runs, precision] = engine(
+                    [method] * runs, precision=precision, capture=True
+                )
+    return entries
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+def rate(steps, seconds, device) -> float:
+    """Items per second of an iterator that yields how many it made, over about so many seconds."""
+    began, items = time.perf_counter(), 0
+    while True:
+        items += next(steps)
+        if device.type == "cuda" and time.perf_counter() - began >= seconds:
+            torch.cuda.synchronize()
+        if time.perf_counter() - began >= seconds:
+            return items / (time.perf_counter() - began)
+
+
+def interleave(entries: dict, rounds, seconds, device) -> dict:
+    """The rates of each entry, one per round; the first round only warms up."""
+    rates = {key: [] for key in entries}
+    for number_, (key, steps) in itertools.product(range(rounds + 1), entries.items()):
+        figure = rate(steps, seconds, device)
+        if number_:
+            rates[key].append(figure)
+    return rates
+
+
+def augmentation(data, pictures, bs) -> dict:
+    """Images per second on one core: this code's crop and flip, and PIL's through a DataLoader in the same process."""
+    rows = data.draw(0, 0).split(bs)
+    mine = (len(data.train_batch(part)[1]) for part in itertools.cycle(rows[:-1]))
+    theirs = (len(labels) for _ in itertools.count() for _, labels in DataLoader(pictures, batch_size=bs))
+    return {"ours": mine, "PIL": theirs}
+
+
+def bandwidth(device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    here = torch.empty(2**28, device=device)
+    there = torch.empty_like(here)
+    copies = (there.copy_(here).nbytes * 2 for _ in itertools.count())
+    next(copies)
+    return rate(copies, 0.5, device)
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def find(rows, method, bs, engine, precision=None) -> float | None:
+    """A row's images/s; None where it was not measured."""
+    for row in rows:
+        same = (row["method"], row["bs"], row["engine"]) == (method, bs, engine)
+        if same and precision in (None, row["precision"]):
+            return row["images_per_second"]
+    return None
+
+
+def checks(rows, device, extra) -> list[dict]:
+    """The figures to reach, as ratios of rows: what, value, target and whether it is met."""
+    on_cpu, result = device.type == "cpu", []
+
+    def ratio(what, target, above, below, scale=1.0):
+        if above and below:
+            value = scale * above / below
+            result.append({"what": what, "value": value, "target": target, "met": value >= target})
+
+    at = functools.partial(find, rows)
+    for bs, off, low in ((64, 1.3, 4), (256, 1.3, 4.5)) if on_cpu else ():
+        ratio(f"float32 against the plain loop, B {bs}", off, at("bn", bs, "ours", "off"), at("bn", bs, "plain"))
+        ratio(f"bf16 against the plain loop, B {bs}", low, at("bn", bs, "ours", "bf16"), at("bn", bs, "plain"))
+    ratio(
+        "ZeroInit against batch norm in bf16, B 64",
+        1.3,
+        at("zeroinit", 64, "ours", "bf16"),
+        at("bn", 64, "ours", "bf16"),
+    )
+    for bs, captured, several in ((1, 5, 5), (16, 3, 3), (64, 1.5, 1.2)):
+        ratio(f"captured against eager, B {bs}", captured, at("bn", bs, "ours"), at("bn", bs, "eager"))
+        ratio(f"concurrent against in turn, B {bs}", several, at("bn", bs, "concurrent"), at("bn", bs, "ours"))
+    for bs, engine, target in ((1, "concurrent", 20), (4, "concurrent", 20), (128, "ours", 8)) if not on_cpu else ():
+        ratio(f"{engine} against the plain loop, B {bs}", target, at("bn", bs, engine), at("bn", bs, "plain"))
+    for bs in (512, 2048):
+        ratio(f"images/s, B {bs}", 100_000, None if on_cpu else at("bn", bs, "ours"), 1)
+    for bs in (256, 512, 2048):
+        share = 0.97 if on_cpu else 0.9
+        ratio(f"ghost batches against the whole batch, B {bs}", share, at("bn", bs, "ours"), at(WHOLE, bs, "ours"))
+    ratio(
+        "without batch norm against with it, B 64 (the paper: roughly 1.4)",
+        1.0,
+        at("none", 64, "ours"),
+        at("bn", 64, "ours"),
+    )
+    ratio("crop and flip against PIL, per core", 8, extra["ours"], extra["PIL"])
+    ratio("a step against its crop and flip, B 64", 50, extra["ours"], at("none", 64, "ours"))
+    return result
+
+
+@functools.cache
+def work(depth: int, width: int) -> float:
+    """Multiplications of a forward pass of Wide-ResNet depth-width on one image."""
+    total = 0
+
+    def count(module, _, output):
+        nonlocal total
+        total += module.weight[0].numel() * output.numel()
+
+    with torch.device("meta"):
+        net = WideResNet(depth, width, "none")
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(count)
+        net(torch.empty(1, 3, 32, 32))
+    return total
+
+
+def speed_at(rows, method, bs) -> float:
+    """Images/s of the best measured way to train, between measured batch sizes on a line through the logarithms."""
+    best = {}
+    for row in rows:
+        if row["engine"] != "plain" and row["method"] == method:
+            best[row["bs"]] = max(best.get(row["bs"], 0), row["images_per_second"])
+    sizes = sorted(best)
+    i = min(max(bisect.bisect(sizes, bs), 1), len(sizes) - 1)
+    if len(sizes) == 1 or not sizes[0] < bs < sizes[-1]:
+        return best[min(max(bs, sizes[0]), sizes[-1])]
+    low, high = sizes[i - 1 : i + 1]
+    t = math.log(bs / low) / math.log(high / low)
+    return best[low] ** (1 - t) * best[high] ** t
+
+
+def cost(rows, args) -> list[dict]:
+    """Runs and hours of each of sweep.sh's CIFAR-10 targets on this machine, from the measured images/s."""
+    result, sweep = [], Path(__file__).with_name("sweep.sh")
+    for target in ("fig1", "fig3", "table1", "table2", "table3"):
+        lines = subprocess.run(["bash", sweep, target, "--dry-run"], capture_output=True, text=True, check=True).stdout
+        runs, seconds = 0, 0.0
+        for line in lines.splitlines():
+            flags = wrn_cifar.parse_args(line.split()[2:])
+            number_ = len(wrn_cifar.configurations(flags))
+            method = (
+                flags.init if flags.init in METHODS else "zeroinit" if common.METHODS[flags.init].scalar else "none"
+            )
+            images_per_second = speed_at(
+                rows, WHOLE if method == "bn" and flags.ghost == 0 and flags.bs > 64 else method, flags.bs
+            )
+            images_per_second *= work(args.depth, args.width) / work(flags.depth, flags.width)
+            runs, seconds = runs + number_, seconds + number_ * flags.epochs * 50_000 / images_per_second
+        result.append({"target": target, "runs": runs, "hours": seconds / 3600})
+    return result
+
+
+def measure(args, device, precision) -> dict:
+    """The record: rows of images/s, checks, and what the sweeps cost."""
+    train, test = wrn_cifar.shapes(args.images, 0, 32), wrn_cifar.shapes(500, 1, 32)
+    data, pictures = wrn_cifar.Images("shapes", train, test, device), Pictures(*train)
+    rows = []
+    for bs in args.batches:
+        entries = contenders(args, bs, data, pictures, device, precision)
+        for (method, engine, runs, p), rates in interleave(entries, args.rounds, args.seconds, device).items():
+            middle = statistics.median(rates)
+            row = {"method": method, "bs": bs, "engine": engine, "runs": runs, "precision": p}
+            row |= {"images_per_second": middle, "low": min(rates), "high": max(rates)}
+            rows.append(row | {"ms_per_step": 1000 * bs * runs / middle})
+            print(line_of(rows[-1], find(rows, method, bs, "plain")), flush=True)
+        entries.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    extra = interleave(augmentation(data, pictures, 64), args.rounds, args.seconds, device)
+    torch.set_num_threads(threads)
+    extra = {name: statistics.median(rates) for name, rates in extra.items()}
+    record = {"kind": "speed", "device": runner.device_name(device), "threads": threads, "torch": torch.__version__}
+    record |= runner.environment() | {
+        "model": f"wrn{args.depth}-{args.width}",
+        "data": "generated, 32x32",
+        "rows": rows,
+    }
+    record |= {"augmentation": extra, "checks": checks(rows, device, extra)}
+    if device.type == "cuda":
+        record["limit"] = {key: bandwidth(device) / traffic for key, traffic in TRAFFIC.items()}
+    if args.photos:
+        import resnet_imagenet
+
+        record["checks"] += resnet_imagenet.measure_pipeline(args.photos, args.rounds)
+    return record | {"cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []}
+
+
+def line_of(row: dict, base: float | None) -> str:
+    """A row of the printed table."""
+    ratio = f"{row['images_per_second'] / base:6.2f}" if base else " " * 6
+    name = row["engine"] + (f" x {row['runs']}" if row["runs"] > 1 else "")
+    spread = f"{row['low']:,.0f} to {row['high']:,.0f}"
+    return (
+        f"{row['method']:17} {row['bs']:5} {name:15} {row['precision']:5} {row['images_per_second']:10,.1f} {spread:20}"
+        f" {row['ms_per_step']:9.1f} {ratio}"
+    )
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--depth", type=positive, default=16, help="6n+4")
+    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the table")
+    add("--batches", type=positive, nargs="+", help="batch sizes [1 16 64 256 on a CPU, 1 to 2048 on a GPU]")
+    add("--rounds", type=positive, default=5, help="times each figure is measured")
+    add("--seconds", type=number(float, 0), default=2.0, help="how long each measurement lasts at least")
+    add("--images", type=positive, default=8192, help="generated training images")
+    add("--photos", type=Path, help="folder of photographs, to measure the ImageNet input pipeline")
+    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the engine's passes")
+    add("--out", type=Path, default=Path("results"), help="the record goes to its folder speed/")
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
+    device = common.pick_device(args.device)
+    precision = common.pick_precision(args.amp, device)
+    args.batches = args.batches or ([1, 16, 64, 256] if device.type == "cpu" else [1, 4, 16, 64, 128, 512, 2048])
+    runner.check_writable(args.out / "speed")
+    print(json.dumps(vars(args), default=str))
+    print("method            batch engine          prec.   images/s lowest to highest     ms/step  / plain")
+    record = measure(args, device, precision)
+    print()
+    for check in record["checks"]:
+        verdict = "met" if check["met"] else "MISSED"
+        print(f"{check['value']:10,.2f} (at least {check['target']:,}: {verdict})  {check['what']}")
+    for part in record["cost"]:
+        print(f"{part['target']:8} {part['runs']:6,} runs {part['hours']:12,.0f} hours on this machine")
+    name = f"{record['model']}_{record['device'].replace(' ', '-').lower()}_t{record['threads']}.json"
+    path = args.out / "speed" / name
+    with runner.atomic_write(path) as file:
+        file.write(json.dumps(record, allow_nan=False, indent=1).encode())
+    print(f"record: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(runner.exit_code(main))
