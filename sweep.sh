@@ -123,13 +123,14 @@ lines() { # the distinct command lines of a target, with what the user appended
 }
 
 status() { # command lines -> done, diverged, running, all runs, grid and the line itself, separated by tabs
-    local all script its
+    local all script its code=0
     all=$(cat)
     for script in wrn_cifar.py resnet_imagenet.py; do
         if its=$(grep -E "^[a-z]+( --[^ ]+)* $script " <<<"$all"); then
-            "$python" "$here/$script" --status <<<"$its" || return 2
+            "$python" "$here/$script" --status <<<"$its" || code=2
         fi
     done
+    return $code
 }
 
 missing() { # those of the command lines that have runs neither done nor running, each after the number of these runs
@@ -156,7 +157,7 @@ failures() { # of the commands that failed when they last ran: the line, and why
 
 overview() { # diverged runs are among the done, failed ones among the missing
     local name rows
-    rows=$(for name in $targets; do lines "$name" | sed "s/$/ # $name/"; done | status) || exit
+    rows=$(for name in $targets; do lines "$name" | sed "s/$/ # $name/"; done | status) || [ -n "$rows" ] || exit 2
     awk -F '\t' -v targets="$targets" '
         NF == 2 {why[$1] = $2}
         NF == 6 {
@@ -167,8 +168,8 @@ overview() { # diverged runs are among the done, failed ones among the missing
         END {
             print "target    runs  done running diverged failed missing"
             for (i = 1; i <= split(targets, name, " "); i++) {
-                t = name[i]
-                printf "%-8s%6d%6d%8d%9d%7d%8d\n", t, all[t], done[t], running[t], diverged[t], failed[t], missing[t]
+                t = name[i]; form = "%-8s" (t in all ? "%6d%6d%8d%9d%7d%8d" : "  does not take these flags") "\n"
+                printf form, t, all[t], done[t], running[t], diverged[t], failed[t], missing[t]
             }
             if (reasons) print "\nfailed:" reasons
         }' <<<"$(failures)"$'\n'"$rows"

@@ -19,7 +19,9 @@ SCRIPT = Path(sys.argv[0]).stem
 
 def parse(argv):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("arch", "depth", "width", "epochs", "wd", "ghost", "data", "data-dir", "eval-every"):
+    for flag in ("arch",) if SCRIPT == "resnet_imagenet" else ("depth", "width", "eval-every"):
+        parser.add_argument(f"--{flag}")
+    for flag in ("epochs", "wd", "ghost", "data", "data-dir"):
         parser.add_argument(f"--{flag}")
     parser.add_argument("--init")
     parser.add_argument("--bs", type=int)
@@ -28,7 +30,11 @@ def parse(argv):
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--nap", type=float, default=0.0)
     args = parser.parse_args(argv)
-    name = "_".join(filter(None, [SCRIPT, args.arch, args.depth, args.ghost, args.init, f"bs{args.bs}"]))
+    name = "_".join(
+        filter(
+            None, [SCRIPT, *(vars(args).get(key) for key in ("arch", "depth")), args.ghost, args.init, f"bs{args.bs}"]
+        )
+    )
     paths = [args.out / "naps" / f"{name}_lr{lr}_s{seed:02d}.json" for lr in args.lr for seed in range(args.seeds)]
     return args, paths
 

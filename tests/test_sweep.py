@@ -413,6 +413,14 @@ def test_overview(sandbox):
     assert "failed:" not in sweep("--seeds", 2, **options, INITS="zeroinit fixup").stdout
 
 
+def test_overview_with_flags_that_only_one_script_takes(sandbox):
+    done = sweep("--width", 1, folder=sandbox)
+    assert done.returncode == 0 and done.stderr.count("unrecognized arguments: --width 1") == 1
+    assert rows(done.stdout)["table5"] == ["does", "not", "take", "these", "flags"]
+    assert rows(done.stdout)["table1"] == ["630", "0", "0", "0", "0", "630"]
+    assert sweep("--no-such-flag", folder=sandbox).returncode == 2
+
+
 def test_runs_that_another_process_makes_are_left_to_it(sandbox):
     folder = sandbox / "demo" / "naps"
     folder.mkdir(parents=True)
