@@ -9,16 +9,14 @@ A diverged run is the worst of all: where one is among the kept, its learning ra
 """
 
 import argparse
+import contextlib
 import functools
-import io
 import json
 import math
 import os
 import re
 import sys
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -27,57 +25,76 @@ METHODS = {  # name, colour, marker and line: the legend of Figures 1 to 4 first
     "bn": ("Batch Normalization", "#1b4f9c", "o", "-"),
     "none": ("No Normalization", "#d1495b", "s", "--"),
     "zeroinit": ("ZeroInit", "#e39b0b", "^", "-."),
-    "bn over the batch": ("Batch Normalization over the whole batch", "#76a5dc", "h", "-"),
+    "bn (whole batch)": ("Batch Normalization over the whole batch", "#76a5dc", "h", "-"),
     "biases": ("+ biases", "#7a5195", "v", ":"),
     "dropout": ("+ dropout", "#4f9d69", "D", ":"),
     "scalar": ("+ scalar multiplier", "#111111", "P", (0, (5, 1))),
     "biases+dropout": ("+ biases & dropout", "#999999", "X", (0, (1, 1))),
     "zeroinit without L2": ("ZeroInit without L2", "#b07aa1", "<", (0, (3, 1, 1, 1))),
     "zeroinit-nodropout": ("ZeroInit without Dropout", "#2a9d8f", ">", (0, (3, 1, 1, 1))),
+    "zeroinit+bias": ("ZeroInit + Scalar Bias", "#8c564b", "d", (0, (5, 1))),
     "fixup": ("Fixup", "#59a14f", "p", (0, (5, 5))),
 }
+NAME = {method: look[0] for method, look in METHODS.items()}
+TWO, THREE = ("bn", "zeroinit"), ("bn", "none", "zeroinit")  # the methods of most claims, and of Figures 1 and 2
+WHOLE = ("bn (whole batch)", "none", "zeroinit")  # and of Figures 3 and 4
+
 FIGURES = {
     1: "Optimal test accuracy (a) and optimal training loss (b) at a range of batch sizes.",
     2: "The learning rates that maximize the test accuracy (a) and minimize the training loss (b).",
     3: "Optimal test accuracy (a) and training loss (b) with batch statistics over the whole batch.",
     4: "Optimal learning rates, as in Figure 2, with batch statistics over the whole batch.",
 }
-TABLES = {  # (table, method, depth): test accuracy (%), optimal learning rate, training loss; at batch size 64
-    (1, "none", 16): ("92.3 ± 0.3", "–", "0.212 ± 0.004"),
-    (1, "biases", 16): ("91.9 ± 0.2", "–", "0.205 ± 0.003"),
-    (1, "dropout", 16): ("93.2 ± 0.1", "–", "0.226 ± 0.001"),
-    (1, "scalar", 16): ("94.0 ± 0.1", "–", "0.181 ± 0.001"),
-    (1, "biases+dropout", 16): ("93.6 ± 0.1", "–", "0.212 ± 0.001"),
-    (1, "zeroinit", 16): ("94.4 ± 0.1", "–", "0.189 ± 0.001"),
-    (2, "bn", 16): ("93.5 ± 0.1", "2^-1", "–"),
-    (2, "bn", 100): ("94.7 ± 0.1", "2^-1 (2^-2 – 2^0)", "–"),
-    (2, "bn", 1000): ("94.6 ± 0.1", "2^-2 (2^-3 – 2^0)", "–"),
-    (2, "zeroinit", 16): ("93.3 ± 0.1", "2^-2", "–"),
-    (2, "zeroinit", 100): ("94.2 ± 0.1", "2^-2", "–"),
-    (2, "zeroinit", 1000): ("94.3 ± 0.2", "2^-2 (2^-3 – 2^-1)", "–"),
-    (3, "zeroinit without L2", 16): ("91.0", "2^-3", "–"),
-    (3, "zeroinit without L2", 100): ("92.2 ± 0.1", "2^-3", "–"),
-    (3, "zeroinit without L2", 1000): ("92.5 ± 0.2", "2^-3", "–"),
-    (3, "scalar", 16): ("93.1 ± 0.1", "2^-2 (2^-3 – 2^-2)", "–"),
-    (3, "scalar", 100): ("94.1 ± 0.1", "2^-2 (2^-3 – 2^-2)", "–"),
-    (3, "scalar", 1000): ("94.2 ± 0.1", "2^-1 (2^-2 – 2^-1)", "–"),
+TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rate, training loss
+    (1, "none"): {16: "92.3 ± 0.3|–|0.212 ± 0.004"},
+    (1, "biases"): {16: "91.9 ± 0.2|–|0.205 ± 0.003"},
+    (1, "dropout"): {16: "93.2 ± 0.1|–|0.226 ± 0.001"},
+    (1, "scalar"): {16: "94.0 ± 0.1|–|0.181 ± 0.001"},
+    (1, "biases+dropout"): {16: "93.6 ± 0.1|–|0.212 ± 0.001"},
+    (1, "zeroinit"): {16: "94.4 ± 0.1|–|0.189 ± 0.001"},
+    (2, "bn"): {16: "93.5 ± 0.1|2^-1", 100: "94.7 ± 0.1|2^-1 (2^-2 – 2^0)", 1000: "94.6 ± 0.1|2^-2 (2^-3 – 2^0)"},
+    (2, "zeroinit"): {16: "93.3 ± 0.1|2^-2", 100: "94.2 ± 0.1|2^-2", 1000: "94.3 ± 0.2|2^-2 (2^-3 – 2^-1)"},
+    (3, "zeroinit without L2"): {16: "91.0|2^-3", 100: "92.2 ± 0.1|2^-3", 1000: "92.5 ± 0.2|2^-3"},
+    (3, "scalar"): {
+        16: "93.1 ± 0.1|2^-2 (2^-3 – 2^-2)",
+        100: "94.1 ± 0.1|2^-2 (2^-3 – 2^-2)",
+        1000: "94.2 ± 0.1|2^-1 (2^-2 – 2^-1)",
+    },
+    # by batch size: top-1 / top-5 validation accuracy (%) on ImageNet
+    (4, "bn"): {256: "74.97 / 92.20", 1024: "74.93 / 92.13", 4096: "74.88 / 91.93"},
+    (4, "fixup"): {256: "74.81 / 91.84", 1024: "74.60 / 91.69", 4096: "73.02 / 90.59"},
+    (4, "zeroinit-nodropout"): {256: "74.93 / 91.89", 1024: "74.61 / 91.81", 4096: "70.76 / 89.15"},
+    (4, "zeroinit"): {256: "75.56 / 92.35", 1024: "75.46 / 92.53", 4096: "72.65 / 90.70"},
+    (5, "bn"): {256: "75.57 / 92.48", 1024: "75.32 / 92.37", 4096: "75.37 / 92.38"},
+    (5, "fixup"): {256: "74.41 / 91.65", 1024: "74.43 / 91.74", 4096: "72.37 / 90.28"},
+    (5, "zeroinit"): {256: "70.05 / 89.16", 1024: "68.40 / 87.82", 4096: "68.19 / 87.92"},
+    (5, "zeroinit+bias"): {256: "75.23 / 92.37", 1024: "74.94 / 91.99", 4096: "70.82 / 89.60"},
 }
-ALSO = {1: ("bn",), 2: ("none", "scalar"), 3: ()}  # rows beside the paper's, where they were run
+NETWORK = {1: {"bs": 64, "width": 4, "depth": 16}, 2: {"bs": 64, "width": 2}, 3: {"bs": 64, "width": 2}}  # by table
+ALSO = {1: ("bn",), 2: ("none", "scalar")}  # rows beside the paper's, where they were run
+TOLD = {"model", "version", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"}
 SATURATION = {"bn": 2**4, "none": 2**-3, "zeroinit": 2**1}  # the largest optimal learning rates of Figure 2a
-OPTIONS = {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "pad_mode": "zeros", "train_size": None}
-PROTOCOL = {"data": "CIFAR-10", "epochs": 200} | OPTIONS
+ENGINES = {"plain": ("o", ":"), "eager": ("s", "--"), "ours": ("^", "-"), "concurrent": ("D", "-.")}  # marker and line
 NOTE = """Each number is the mean of the best ceil(0.8 n) of n runs ± one standard deviation, at the learning rate with
-the best mean; rates in brackets are tied with it, within one standard deviation; *edge*: it is the lowest or highest.
-Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars are standard deviations
-or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged."""
-SEEDS, BATCH, GHOST, DROPOUT, L2 = 15, 64, 64, 0.6, 5e-4
-
-NAME = {method: look[0] for method, look in METHODS.items()}
-THREE, TWO = ("bn", "none", "zeroinit"), ("bn", "zeroinit")  # the methods of Figures 1 to 4, and of most claims
+the best mean (on ImageNet, of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is
+the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars
+are standard deviations or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged. The
+paper's numbers are those of the paper's protocol."""
 
 Metric = namedtuple("Metric", "key name unit scale digits sign")  # the sign says whether more is better
 ACCURACY = Metric("test_accuracy", "test accuracy", " (%)", 100, 1, +1)
+TOP1 = Metric("test_accuracy", "top-1 accuracy", " (%)", 100, 2, +1)
 LOSS = Metric("train_objective", "training loss", "", 1, 3, -1)  # with the L2 part: the paper's 0.18 cannot be without
+
+Setup = namedtuple("Setup", "network metrics tables seeds ghost dropout l2 protocol")  # how the paper trains a network
+OPTIONS = {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "pad_mode": "zeros", "train_size": None}
+CIFAR10 = {"data": "CIFAR-10", "epochs": 200} | OPTIONS
+IMAGENET = {"data": "ImageNet", "epochs": 90, "image_size": 224} | OPTIONS
+SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
+    None: Setup("Wide-ResNet", (ACCURACY, LOSS), (1, 2, 3), 15, 64, 0.6, 5e-4, CIFAR10),
+    "v1": Setup("ResNet-50-V1", (TOP1,), (5,), 1, 256, 0.2, 1e-4, IMAGENET | {"stride_on": "1x1"}),
+    "v2": Setup("ResNet-50-V2", (TOP1,), (4,), 1, 256, 0.2, 1e-4, IMAGENET | {"stride_on": "3x3"}),
+}
 
 # ------------------------------------------------------------------------------------------------------------- records
 
@@ -94,104 +111,140 @@ def curve(record, metric):
     return [(entry["epoch"], metric.scale * entry[metric.key]) for entry in record["history"] if metric.key in entry]
 
 
-def read_record(path):
-    """A run's record with the name of its grid; raises an exception for a file that is anything else."""
-    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # int refuses NaN, which is not JSON
+def check(**right):
+    if wrong := [key for key in right if not right[key]]:
+        raise ValueError(f"bad {', '.join(wrong)}")
+
+
+def read_run(path, record):
+    """The record of a run with the name of its grid; raises an exception for anything else."""
     config, final, done = record["config"], record["final"], record["status"] == "done"
-    rate, seed = f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}"
-    counts = ("bs", "epochs", *(("depth", "width") if config["model"] == "wrn" else ()))
-    right = {key: isinstance(config[key], str) for key in ("model", "data", "init")}
-    right |= {key: isinstance(config[key], int) and config[key] > 0 for key in counts}
-    right |= {
-        "name": rate in path.stem and path.stem.endswith(seed),
-        "status": record["status"] in ("done", "diverged"),
-        "final": not done or (0 <= final[ACCURACY.key] <= 1 and abs(final[LOSS.key]) < math.inf),
-        "history": all(math.isfinite(sum(point)) for metric in (ACCURACY, LOSS) for point in curve(record, metric)),
-        "environment": isinstance(record["environment"], dict),
-        "fingerprint": isinstance(record["data"]["fingerprint"], str),
-    }
-    if not all(right.values()):
-        raise ValueError(f"bad {', '.join(key for key, fine in right.items() if not fine)}")
+    version, rate, seed = config.get("version"), f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}"
+    sizes = [config[key] for key in ("bs", "epochs", *(() if version else ("depth", "width")))]
+    metrics = SETUPS[version].metrics
+    check(
+        model=config["model"] == ("resnet50" if version else "wrn"),
+        text=all(isinstance(text, str) for text in (config["data"], config["init"], record["data"]["fingerprint"])),
+        size=all(isinstance(size, int) and size > 0 for size in sizes),
+        name=rate in path.stem and path.stem.endswith(seed),
+        status=record["status"] in ("done", "diverged"),
+        final=not done or (0 <= final["test_accuracy"] <= 1 and all(math.isfinite(final[m.key]) for m in metrics)),
+        top5=not done or 0 <= final.get("test_top5", 0) <= 1,
+        history=all(math.isfinite(sum(point)) for metric in metrics for point in curve(record, metric)),
+        environment=isinstance(record["environment"], dict),
+    )
     grid = f"{path.parent.name}/{path.stem.removesuffix(seed).replace(rate, '_', 1)}"
     return record | {"grid": grid, "config": OPTIONS | config | {"fingerprint": record["data"]["fingerprint"]}}
 
 
+def read_speed(path, record):
+    """A record of speed.py with {(batch size, method, engine): fastest row}; raises an exception for anything else."""
+    rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
+    check(
+        kind=record["kind"] == "speed",
+        rows=rows and all(row["bs"] > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows),
+        speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
+        cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
+        checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
+    )
+    fastest = {(row["bs"], row["method"], f"{row['engine']}, {row['precision']}"): row for row in rows}
+    return record | {
+        "fastest": dict(sorted(fastest.items())),
+        "title": f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})",
+        "about": f"- threads {record['threads']}, torch {record['torch']}; commit {record['commit']}",
+        "folder": f"speed-{path.stem}",
+    }
+
+
 def read_records(folder):
-    """All records in a results folder, and {file: what is wrong with it} for its other JSON files."""
-    records, problems, first = [], {}, {}
-    paths = [path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs", "speed")]
-    for path in sorted(paths):
+    """The records of runs and those of speed.py in a results folder, and {file: what is wrong} for other JSON files."""
+    runs, speeds, problems = {}, [], {}
+    for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs")):
         name = f"{path.parent.name}/{path.name}"
         try:
-            record = read_record(path)
-            if (same := first.setdefault(frozenset(record["config"].items()), name)) != name:
-                raise ValueError(f"the same run as {same}")
-            records.append(record)
+            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: check(**{word: False}))
+            if path.parent.name == "speed":
+                speeds.append(read_speed(path, record))
+                continue
+            run = read_run(path, record) | {"file": name}
+            if (first := runs.setdefault(frozenset(run["config"].items()), run)) is not run:
+                raise ValueError(f"the same run as {first['file']}")
+        except json.JSONDecodeError as error:
+            problems[name] = f"empty, truncated or no JSON ({error})"
         except Exception as error:  # a foreign file can be wrong in any way
-            problems[name] = f"not used ({type(error).__name__}: {error})"
-    return records, problems
+            problems[name] = f"no record ({type(error).__name__}: {error})"
+    return list(runs.values()), speeds, problems
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-@dataclass(frozen=True, eq=False)
 class Grid:
-    """The runs of one configuration: a list of records for each learning rate."""
+    """The runs of one configuration: a list of records for each learning rate.
 
-    name: str
-    config: dict
-    runs: dict
+    `key` is (method, depth, batch size); the method is None where ghost batches, dropout or L2 are not the paper's.
+    """
 
-    @property
-    def method(self):
-        """The key of METHODS, or None where ghost batches, dropout or L2 are not the paper's."""
-        init, bs, ghost, l2 = (self.config.get(key) for key in ("init", "bs", "ghost", "wd"))
-        dropout = DROPOUT if init in ("dropout", "biases+dropout", "zeroinit") else 0
-        if self.config["model"] != "wrn" or init not in METHODS or self.config.get("dropout") != dropout:
-            return None
-        if init == "zeroinit" and l2 == 0:
-            return "zeroinit without L2"
-        if init == "bn" and ghost == bs > GHOST:
-            init, ghost = "bn over the batch", GHOST
-        return init if l2 == L2 and ghost in (None, min(GHOST, bs)) else None
-
-
-# A metric at its optimal learning rate: the rates tied with it; which end of the grid it is, if any; and as in the
-# paper's tables the number, 94.4 ± 0.1, and the rate, 2^-2, or with its bracket, 2^-2 (2^-3 – 2^-1).
-Optimum = namedtuple("Optimum", "grid metric bs depth rate mean std kept total tied edge value power bracketed")
+    def __init__(self, name, config):
+        self.name, self.config, self.runs = name, config, defaultdict(list)
+        self.setup = setup = SETUPS[config.get("version")]
+        method, bs, ghost, l2 = (config.get(key) for key in ("init", "bs", "ghost", "wd"))
+        drops = method in ("dropout", "biases+dropout", "zeroinit", "zeroinit+bias")
+        usual = [min(bs, setup.ghost) if method == "bn" else None, setup.dropout * drops, setup.l2]
+        if method == "bn" and ghost == bs > setup.ghost:
+            method, usual[0] = "bn (whole batch)", bs
+        if method == "zeroinit" and l2 == 0:
+            method, usual[2] = "zeroinit without L2", 0
+        known = method in METHODS and usual == [ghost, config.get("dropout"), l2]
+        self.key = method if known else None, config.get("depth", 50), bs
 
 
-def mean_of_best(runs, metric):
-    """Mean, standard deviation and number of the best ceil(0.8 n) of n runs; the mean is nan if one diverged."""
-    scores = [metric.sign * run["final"][metric.key] if run["status"] == "done" else -math.inf for run in runs]
-    kept = sorted(scores, reverse=True)[: -(-4 * len(runs) // 5)]
-    if kept[-1] == -math.inf:
-        return math.nan, None, len(kept)
-    return metric.sign * fmean(kept), stdev(kept) if len(kept) > 1 else None, len(kept)
+# A metric at its optimal learning rate: the number of runs there, the rates tied with it, which end of the grid it is
+# if any, and as in the paper's tables the number, 94.4 ± 0.1, and the rate with its bracket, 2^-2 (2^-3 – 2^-1).
+Optimum = namedtuple("Optimum", "method metric bs rate mean std runs tied edge value bracketed")
+
+
+Kept = namedtuple("Kept", "metric runs mean std")  # the best of the runs at a learning rate; no mean where one diverged
+
+
+def how_many(n):
+    """So many of n runs are kept: 12 of 15."""
+    return -(-4 * n // 5)
+
+
+def best_runs(runs, metric):
+    """The runs that are kept, of which diverged ones are the worst."""
+    done = [run for run in runs if run["status"] == "done"]
+    kept = sorted(done, key=lambda run: -metric.sign * run["final"][metric.key])[: how_many(len(runs))]
+    if len(kept) < how_many(len(runs)):
+        return Kept(metric, kept, None, None)
+    scores = [run["final"][metric.key] for run in kept]
+    return Kept(metric, kept, fmean(scores), stdev(scores) if len(scores) > 1 else None)
 
 
 @functools.cache
 def optimum(grid, metric):
     """The optimal learning rate and what it reaches, None where all diverged; of equally good rates the lowest."""
     rates = sorted(grid.runs)
-    points = {rate: mean_of_best(grid.runs[rate], metric) for rate in rates}
-    trained = [rate for rate in rates if not math.isnan(points[rate][0])]
+    points = {rate: best_runs(grid.runs[rate], metric) for rate in rates}
+    trained = [rate for rate in rates if points[rate].mean is not None]
     if not trained:
         return None
-    best = max(trained, key=lambda rate: metric.sign * points[rate][0])
-    mean, std, kept = points[best]
-    tied = [rate for rate in trained if std is not None and abs(points[rate][0] - mean) <= std] or [best]
+    best = max(trained, key=lambda rate: metric.sign * points[rate].mean)
+    _, kept, mean, std = points[best]
+    tied = [rate for rate in trained if std is not None and abs(points[rate].mean - mean) <= std] or [best]
     edge = " and ".join(word for word, end in (("lowest", rates[0]), ("highest", rates[-1])) if end == best)
     value = " ± ".join(f"{metric.scale * x:.{metric.digits}f}" for x in (mean, std) if x is not None)
+    if metric is TOP1 and all("test_top5" in run["final"] for run in kept):
+        value += f" / {100 * fmean(run['final']['test_top5'] for run in kept):.2f}"
     bracketed = power(best) + f" ({power(tied[0])} – {power(tied[-1])})" * (len(tied) > 1)
-    bs, depth, total = grid.config["bs"], grid.config.get("depth"), len(grid.runs[best])
-    return Optimum(grid, metric, bs, depth, best, mean, std, kept, total, tied, edge, value, power(best), bracketed)
+    (method, _, bs), runs = grid.key, len(grid.runs[best])
+    return Optimum(method, metric, bs, best, mean, std, runs, tied, edge, value, bracketed)
 
 
 def next_rates(grid):
     """The learning rates to try next: beyond each edge that is an optimum, or a lower one where every rate diverged."""
-    best = [found.rate for metric in (ACCURACY, LOSS) if (found := optimum(grid, metric))]
+    best = [found.rate for metric in grid.setup.metrics if (found := optimum(grid, metric))]
     lowest, highest = min(grid.runs), max(grid.runs)
     return [lowest / 2] * (lowest in best or not best) + [highest * 2] * (highest in best)
 
@@ -199,53 +252,51 @@ def next_rates(grid):
 # ------------------------------------------------------------------------------------------------------------ sections
 
 
-@dataclass(frozen=True, eq=False)
 class Section:
-    """One protocol: grids that differ in nothing but method, depth and batch size."""
+    """One protocol: grids that differ in nothing but method, depth and batch size.
 
-    title: str
-    caption: str
-    seeds: set
-    grids: list
+    `at` holds those of the paper's methods by (method, depth, batch size). `depth` is the one of the figures, that with
+    the most batch sizes; `bs` is that of Tables 1 to 3, the paper's 64 or else the one at which most was run.
+    """
 
-    @functools.cached_property
-    def at(self):
-        """{(method, depth, batch size): grid} of the paper's methods."""
-        grids = {(grid.method, grid.config["depth"], grid.config["bs"]): grid for grid in self.grids if grid.method}
-        return dict(sorted(grids.items(), key=lambda item: (*item[0][1:], list(METHODS).index(item[0][0]))))
-
-    @functools.cached_property
-    def depth(self):
-        """The depth of the figures: the paper's 16, or the one with the most batch sizes."""
-        sizes = Counter(depth for depth, _ in {key[1:] for key in self.at if key[0] in THREE})
-        return 16 if sizes[16] > 1 else max(sizes, key=sizes.get, default=16)
-
-    @functools.cached_property
-    def batch(self):
-        """The batch size of the tables: the paper's 64, or the one at which most was run."""
+    def __init__(self, title, grids):
+        self.title, self.grids, self.setup = title, grids, grids[0].setup
+        self.counts = [len(runs) for grid in grids for runs in grid.runs.values()]
+        order = sorted(grids, key=lambda grid: (*grid.key[1:], [*METHODS, None].index(grid.key[0])))
+        self.at = {grid.key: grid for grid in order if grid.key[0]}
+        depths = Counter(depth for depth, _ in {key[1:] for key in self.at})
         sizes = Counter(bs for _, _, bs in self.at)
-        return BATCH if sizes[BATCH] else max(sizes, key=sizes.get, default=BATCH)
+        self.depth = max(depths, key=lambda depth: (depths[depth], depth == 16), default=16)
+        self.bs = max(sizes, key=lambda bs: (bs == 64, sizes[bs]), default=64)
 
-    def line(self, figure, metric, method):
-        """{batch size: optimum} of a method in a figure; in Figures 3 and 4 a ghost batch is the whole batch."""
-        line = {}
+    def lines(self, place, methods, metric):
+        """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
+
+        A figure needs two batch sizes, and Figures 3 and 4 one that 1 and 2 do not show. One ghost batch or less is a
+        whole batch as well.
+        """
+        kind, number, deep = *place.split(), place in DEEP
+        own = kind != "Fig." or number < "3"
+        sizes = range(1, sys.maxsize) if kind != "Fig." else range(16, sys.maxsize) if own else range(1, 1025)
+        if metric not in self.setup.metrics or (kind == "Table" and int(number) not in self.setup.tables):
+            return {}
+        lines = {method: {} for method in methods}
         for (name, depth, bs), grid in self.at.items():
-            wanted = "bn over the batch" if figure > 2 and method == "bn" and bs > GHOST else method
-            shown = bs >= 16 if figure < 3 else bs <= 1024  # the batch sizes of the paper's figures
-            if (name, depth) == (wanted, self.depth) and shown:
-                line[bs] = optimum(grid, metric)
-        return line
+            if bs in sizes and (bs == self.bs if deep else depth == self.depth):
+                own |= name == "bn (whole batch)" or bs < 16
+                for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
+                    lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
+        return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
 
-    def has_figure(self, figure):
-        """Whether there are batch sizes for a figure, and for Figures 3 and 4 some that Figures 1 and 2 do not show."""
-        bn, *others = [self.line(figure, ACCURACY, method) for method in THREE]
-        small = sum(bs < GHOST for bs in bn) > 1 or any(bs < 16 or bs > GHOST for bs in bn)
-        return len(set(bn).union(*others)) > 1 and (figure < 3 or small)
+    def figure(self, number, metric):
+        """The lines of one of Figures 1 to 4."""
+        return self.lines(f"Fig. {number}", WHOLE if number > 2 else THREE, metric)
 
-    def differences(self, **paper):
+    def differences(self, **network):
         """What is not as in the paper."""
-        ours, paper = self.grids[0].config | {"depth": self.depth}, PROTOCOL | paper
-        return [f"{key} {ours.get(key)} instead of {paper[key]}" for key in paper if ours.get(key) != paper[key]]
+        ours, paper = self.grids[0].config | {"depth": self.depth, "bs": self.bs}, self.setup.protocol | network
+        different = [key for key in paper if str(ours.get(key)).lower() != str(paper[key]).lower()]
+        return [f"{key} {ours.get(key)} instead of {paper[key]}" for key in different]
 
 
 def seeds(counts):
@@ -256,10 +307,10 @@ def seeds(counts):
 
 def title(config):
     """What is trained, on which data and for how long, with every option that does not have its default."""
-    network = f"width {config['width']}" if config["model"] == "wrn" else config["model"]
-    told = {"model", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"}
-    usual = OPTIONS | {"base_init": "lecun"}
-    options = [f"{key} {value}" for key, value in sorted(config.items()) if key not in told and value != usual.get(key)]
+    setup = SETUPS[config.get("version")]
+    network = f"width {config['width']}" if "width" in config else setup.network
+    usual = setup.protocol | {"base_init": "lecun"}
+    options = [f"{key} {config[key]}" for key in sorted(config.keys() - TOLD) if config[key] != usual.get(key)]
     return ", ".join([config["data"], network, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *options])
 
 
@@ -268,416 +319,369 @@ def make_sections(records):
     grids, sections = {}, defaultdict(list)
     for record in records:
         config = {key: value for key, value in record["config"].items() if key not in ("lr", "seed")}
-        grid = grids.setdefault(frozenset(config.items()), Grid(record["grid"], config, defaultdict(list)))
+        grid = grids.setdefault(frozenset(config.items()), Grid(record["grid"], config))
         grid.runs[record["config"]["lr"]].append(record)
     for grid in grids.values():
-        sections[title(grid.config), grid.config["fingerprint"]].append(grid)
-    same = Counter(name for name, _ in sections)
-    result = []
-    for (name, images), members in sorted(sections.items(), key=lambda item: (-item[1][0].config["epochs"], item[0])):
-        name += f", images {images[:8]}" if same[name] > 1 else ""
-        counts = {len(runs) for grid in members for runs in grid.runs.values()}
-        result.append(Section(name, f"{name}, {seeds(counts)}", counts, members))
-    return result
+        sections[-grid.config["epochs"], title(grid.config), grid.config["fingerprint"]].append(grid)
+    same = Counter(name for _, name, _ in sections)
+    return [
+        Section(name + f", images {images[:8]}" * (same[name] > 1), sections[_, name, images])
+        for _, name, images in sorted(sections)
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
 
-
-class NotEnoughRuns(Exception):
-    """What a claim needs and the records do not hold."""
-
-
-def need(enough, what):
-    if not enough:
-        raise NotEnoughRuns(f"needs {what}")
-
-
-# Which optima a claim is about: lists of them, each of which has to pass the claim's test.
+# `each` is what a test gets: a row, the optima of the methods at one batch size or depth; a line, those of one method;
+# or all rows. It returns None where they do not decide. `shown` is what of an optimum is told. A claim needs `least`
+# rows from `low` to `high`, one at `reach` or more, `kept` runs in each mean, and some the paper's network.
+Claim = namedtuple(
+    "Claim",
+    "place statement methods each test metric low high shown least reach kept network",
+    defaults=(ACCURACY, 1, math.inf, "value", 1, 1, 1, {}),
+)
 
 
-def lines(section, place, *methods):
-    """For each method its optima by batch size, in a panel of a figure: Fig. 1a."""
-    figure, metric = int(place[5]), {"a": ACCURACY, "b": LOSS}[place[6]]
-    need(section.has_figure(figure), f"the batch sizes of Figure {figure}")
-    for method in methods:
-        line = section.line(figure, metric, method)
-        need(len(line) > 1, f"two batch sizes with {NAME[method]}")
-        need(all(line.values()), f"at each batch size a rate at which {NAME[method]} does not diverge")
-        yield list(line.values())
+def lead(first, second):
+    return first.metric.sign * (first.mean - second.mean)
 
 
-def rows(section, place, *methods, largest=math.inf):
-    """For each batch size that the methods share, up to the largest, their optima."""
-    found = [{best.bs: best for best in line} for line in lines(section, place, *methods)]
-    shared = [bs for bs in found[0] if all(bs in line for line in found)]
-    need(len(shared) > 1, f"two batch sizes with each of {', '.join(NAME[method] for method in methods)}")
-    need(shared[0] <= largest, f"a batch size of {largest} or less")
-    return [[line[bs] for line in found] for bs in shared if bs <= largest]
-
-
-def all_rows(*arguments):
-    """These rows as one list."""
-    return [[best for row in rows(*arguments) for best in row]]
-
-
-def depths(section, _, *methods, deepest=100):
-    """For each method its optima by depth, if they reach the deepest."""
-    for method in methods:
-        line = [optimum(grid, ACCURACY) for key, grid in section.at.items() if key == (method, key[1], section.batch)]
-        need(all(line), f"at each depth a rate at which {NAME[method]} does not diverge")
-        need(len(line) > 1 and line[-1].depth >= deepest, f"{NAME[method]} at {deepest} layers or more, and at fewer")
-        yield line
-
-
-def at_depth(section, _, *methods, least=40):
-    """The optima of all methods at the largest depth that they share; all rates of the last one may have diverged."""
-    shared = [depth for _, depth, bs in section.at if bs == section.batch and depth >= least]
-    shared = [depth for depth in shared if all((method, depth, section.batch) in section.at for method in methods)]
-    need(shared, f"{least} layers or more with each of {', '.join(NAME[method] for method in methods)}")
-    found = [optimum(section.at[method, max(shared), section.batch], ACCURACY) for method in methods]
-    need(all(found[:-1]), f"a rate at which {NAME[methods[0]]} does not diverge")
-    return [[best for best in found if best]]
-
-
-def table1(section, _, metric, *methods):
-    """The optima of two rows of Table 1."""
-    row = [optimum(section.at[key], metric) for method in methods if (key := (method, 16, section.batch)) in section.at]
-    need(
-        len(row) == 2 and all(row),
-        f"16 layers at B {section.batch} with {' and '.join(NAME[method] for method in methods)}",
-    )
-    return [row]
-
-
-# The tests.
-
-
-def std(best):
-    need(best.std is not None, "two kept runs for a standard deviation")
-    return best.std
+def ahead(place, first, second, metric=ACCURACY, by=0.0, low=1, high=math.inf):
+    """The claim that one method is ahead of another by more than a difference; if negative, at most so far behind."""
+    beside = f"at most {-by:.1%} worse" if by < 0 else f"over {by:.1%} better" if by else "better"
+    statement = f"{NAME[first]} is {beside} than {NAME[second]} in {metric.name}"
+    statement += f" for B ≤ {high}" * (high < math.inf) + f" for B ≥ {low}" * (low > 1)
+    return Claim(place, statement, (first, second), "row", lambda row: lead(*row) > by, metric, low, high)
 
 
 def spread(optima):
     return max(best.rate for best in optima) / min(best.rate for best in optima)
 
 
-def first_is_best(row):
-    return all(row[0].metric.sign * (row[0].mean - other.mean) > 0 for other in row[1:])
-
-
 def flat_then_falls(line):
-    need(len(line) > 2, "three batch sizes")
-    first, second, last, best = line[0], line[1], line[-1], max(line, key=lambda found: found.mean)
-    flat = abs(first.mean - second.mean) <= std(first) + std(second)
-    return flat and best.mean - last.mean > std(best) + std(last)
+    first, second, last, best = line[0], line[1], line[-1], max(line, key=lambda best: best.mean)
+    return abs(first.mean - second.mean) <= first.std + second.std and best.mean - last.mean > best.std + last.std
 
 
-def order_of_magnitude(pairs):
-    efficient = []
-    for line in (pairs[::2], pairs[1::2]):
-        top = max(best.mean for best in line)
-        efficient.append(max(best.bs for best in line if best.mean > top - 0.01))
-    (bn, zeroinit), smallest, largest = efficient, pairs[0].bs, pairs[-1].bs
-    need(bn >= 8 * zeroinit or (bn < largest and zeroinit > smallest), f"batch sizes beyond {smallest} to {largest}")
-    return bn >= 8 * zeroinit
+def order_of_magnitude(rows):
+    lines = [
+        [best for best in line if best.mean > max(b.mean for b in line) - 0.01] for line in zip(*rows, strict=True)
+    ]
+    bn, zeroinit = (line[-1].bs for line in lines)
+    open_ended = bn == rows[-1][0].bs or zeroinit == rows[0][0].bs
+    return bn >= 8 * zeroinit or (None if open_ended else False)
 
 
 def proportional_then_saturates(line):
-    small, large = ([best for best in line if low <= best.bs <= 4 * low] for low in (line[0].bs, line[-1].bs / 4))
-    need(len(line) > 3 and len(small) > 1 and len(large) > 1, "four batch sizes in steps of 4 or less")
-    first, last = (math.log(part[-1].rate / part[0].rate, part[-1].bs / part[0].bs) for part in (small, large))
+    parts = [[best for best in line if low <= best.bs <= 4 * low] for low in (line[0].bs, line[-1].bs / 4)]
+    if min(map(len, parts)) < 2:
+        return None  # the batch sizes are too far apart
+    first, last = (math.log(part[-1].rate / part[0].rate, part[-1].bs / part[0].bs) for part in parts)
     return 0.5 <= first <= 1.5 and last < 0.5
 
 
-def saturates(line):
-    need(line[-1].bs >= 4096, "batch sizes up to 4096")
-    return 0.5 <= max(best.rate for best in line) / SATURATION[line[0].grid.method] <= 2
-
-
-def crossover(pairs):
-    bn, zeroinit, *_, large_bn, large_zeroinit = pairs
-    need(bn.bs <= 8 and large_bn.bs >= 64, "batch sizes from 8 to 64")
-    return bn.mean < zeroinit.mean and large_bn.mean > large_zeroinit.mean
-
-
-def trains(line):
-    return line[-1].mean > line[0].mean / 2
-
-
-def plain_fails(row):
-    *deep, plain = row if row[-1].grid.method == "none" else [*row, None]
+def plain_fails(rows):
+    *deep, plain = rows[-1]
     return not plain or all(plain.mean < best.mean / 2 for best in deep)
 
 
-def over_94(line):
-    return line[-1].mean > 0.94
-
-
-def orders_of_table1(metric, column, words):
-    """A claim for each two rows that follow each other when Table 1 is sorted by one of its columns."""
-    numbers = {method: float(cells[column].split()[0]) for (table, method, _), cells in TABLES.items() if table == 1}
-    for first, second in pairwise(sorted(numbers, key=lambda method: -metric.sign * numbers[method])):
-        if numbers[first] != numbers[second]:
-            statement = f"{NAME[first]} has a {words} than {NAME[second]}"
-            yield "Table 1", statement, "value", first_is_best, table1, metric, first, second
-
-
-# The place in the paper; the statement, in brackets how it is judged; what it compares; the test; the optima to test.
 # fmt: off
 CLAIMS = [
-    ("Fig. 1a", "Batch normalization beats no normalization at every batch size",
-     "value", first_is_best, rows, "bn", "none"),
-    ("Fig. 1a", "The test accuracy is independent of the batch size when it is small, and then falls (the bars of the "
-     "two smallest B overlap, those of the best and the largest do not)", "value", flat_then_falls, lines, *THREE),
-    ("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above ZeroInit's "
-     "(within 1% of the method's best accuracy; 8 times or more)", "value", order_of_magnitude, all_rows, *TWO),
-    ("Fig. 1a", "ZeroInit is at most one standard deviation (the larger) below batch normalization for B ≤ 256",
-     "value", lambda row: row[0].mean - row[1].mean <= max(map(std, row)), partial(rows, largest=256), *TWO),
-    ("Fig. 1b", "Batch normalization has the lowest training loss at every batch size",
-     "value", first_is_best, rows, *THREE),
-    ("Fig. 2a", "The optimal learning rate is proportional to the batch size, then saturates (over the first factor of "
-     "4 it grows as B^0.5 to B^1.5, over the last slower)", "power", proportional_then_saturates, lines, *THREE),
-    ("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
-     "(within a factor of 2)", "power", saturates, lines, *THREE),
-    ("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of 4 "
-     "for B ≤ 16)", "power", lambda row: spread(row) <= 4, partial(rows, largest=16), *THREE),
-    *orders_of_table1(ACCURACY, 0, "higher test accuracy"),
-    *orders_of_table1(LOSS, 2, "lower training loss"),
-    ("Table 2", "Batch normalization and ZeroInit train very deep networks (with 100 layers or more they keep over "
-     "half of the shallowest network's accuracy)", "value", trains, depths, *TWO),
-    ("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the plain "
-     "network reaches less than half of their accuracy)", "value", plain_fails, at_depth, "bn", "zeroinit", "none"),
-    ("Table 2", "Both train 1000 layers to over 94% test accuracy",
-     "value", over_94, partial(depths, deepest=1000), *TWO),
-    ("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)",
-     "power", lambda line: spread(line) <= 2, depths, *TWO),
-    ("Table 3", "ZeroInit needs no L2 regularization to train very deep networks",
-     "value", trains, depths, "zeroinit without L2"),
-    ("Table 3", "The scalar multiplier alone is sufficient to train very deep networks",
-     "value", trains, depths, "scalar"),
-    ("Fig. 3a", "Over the whole batch, batch normalization is below ZeroInit at very small B, above it at large B",
-     "value", crossover, all_rows, *TWO),
-    ("Fig. 3b", "Over the whole batch, batch normalization has a lower training loss than ZeroInit at every B",
-     "value", first_is_best, rows, *TWO),
-    ("Fig. 4a", "All three have similar learning rates in the small batch limit (within a factor of 4 for B ≤ 16)",
-     "power", lambda row: spread(row) <= 4, partial(rows, largest=16), *THREE),
+    ahead("Fig. 1a", "bn", "none"),
+    Claim("Fig. 1a", "The test accuracy is independent of the batch size when it is small, and then falls (the bars of "
+          "the two smallest B overlap, those of the best and the largest do not)", THREE, "line", flat_then_falls,
+          least=3, kept=2),
+    Claim("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above "
+          "ZeroInit's (within 1% of the method's best; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
+    Claim("Fig. 1a", "ZeroInit is at most one standard deviation (the larger) below batch normalization for B ≤ 256",
+          TWO, "row", lambda row: lead(*row) <= max(best.std for best in row), high=256, kept=2),
+    *(ahead("Fig. 1b", "bn", other, LOSS) for other in ("none", "zeroinit")),
+    Claim("Fig. 2a", "The optimal learning rate is proportional to the batch size, then saturates (over the first "
+          "factor of 4 it grows as B^0.5 to B^1.5, over the last slower)", THREE, "line", proportional_then_saturates,
+          shown="rate", least=4),
+    Claim("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
+          "(within a factor of 2)", THREE, "line",
+          lambda line: 0.5 <= max(best.rate for best in line) / SATURATION[line[0].method] <= 2,
+          shown="rate", reach=4096, network=NETWORK[1]),
+    Claim("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of "
+          "4 for B ≤ 16)", THREE, "row", lambda row: spread(row) <= 4, shown="rate", high=16),
+    *(ahead("Table 1", *p) for p in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
+    *(ahead("Table 1", *p, LOSS) for p in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
+    ahead("Table 1", "biases+dropout", "dropout", LOSS),
+    *(Claim(place, f"{NAME[method]} trains very deep networks (with 100 layers or more it keeps over half of the "
+            "shallowest network's accuracy)", (method,), "line",
+            lambda line: line[-1].mean > line[0].mean / 2, least=2, reach=100)
+      for place, method in (("Table 2", "bn"), ("Table 2", "zeroinit"), ("Table 3", "zeroinit without L2"),
+                            ("Table 3", "scalar"))),
+    Claim("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the "
+          "plain network reaches less than half of their accuracy)", (*TWO, "none"), "all", plain_fails, low=40),
+    Claim("Table 2", "Both train 1000 layers to over 94% test accuracy", TWO, "line",
+          lambda line: line[-1].mean > 0.94, reach=1000, network=NETWORK[2]),
+    Claim("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)", TWO, "line",
+          lambda line: spread(line) <= 2, shown="rate", least=2, reach=100),
+    ahead("Fig. 3a", "zeroinit", WHOLE[0], high=4),
+    ahead("Fig. 3a", WHOLE[0], "zeroinit", low=256),
+    ahead("Fig. 3b", WHOLE[0], "zeroinit", LOSS),
+    Claim("Fig. 4a", "All three have similar learning rates in the small batch limit (within a factor of 4 for B ≤ 16)",
+          WHOLE, "row", lambda row: spread(row) <= 4, shown="rate", least=2, high=16),
+    *(ahead("Table 4", method, "bn", TOP1, -0.005, high=1024) for method in ("fixup", "zeroinit")),  # competitive
+    *(ahead("Table 4", "bn", method, TOP1, 0.005, low=4096) for method in ("fixup", "zeroinit")),
+    ahead("Table 4", "fixup", "zeroinit-nodropout", TOP1, -0.005, high=1024),  # comparable
+    ahead("Table 4", "zeroinit-nodropout", "fixup", TOP1, -0.005, high=1024),
+    ahead("Table 5", "fixup", "bn", TOP1, -0.015, high=1024),  # slightly below, then considerably
+    ahead("Table 5", "bn", "fixup", TOP1, 0.015, low=4096),
+    *(ahead("Table 5", method, "zeroinit", TOP1, 0.01) for method in ("bn", "fixup", "zeroinit+bias")),
+    ahead("Table 5", "zeroinit+bias", "fixup", TOP1, -0.005, high=1024),  # the gap is closed
 ]
 # fmt: on
-ABSOLUTE = {saturates: {"width": 4, "depth": 16}, over_94: {"width": 2}}  # numbers only the paper's network can meet
+DEEP = ("Table 2", "Table 3", "Section 4")  # these compare depths, the others batch sizes
+FASTER = "WRN-16-4 trains roughly 40% faster at B 64 without batch normalization (1.3 to 1.7 times the images/s)"
 
 
-def judge(section, place, _, shown, test, series, *arguments):
-    """A claim's verdict in a section and the numbers behind it, how many seeds they took and which are on an edge."""
-    try:
-        differences = section.differences(**ABSOLUTE[test]) if test in ABSOLUTE else []
-        need(not differences, f"the paper's protocol ({', '.join(differences)})")
-        optima = list(series(section, place, *arguments))
-        verdict = "holds" if all(test(each) for each in optima) else "does not hold"
-    except NotEnoughRuns as reason:
-        return "not enough runs", str(reason)
-    used = [best for each in optima for best in each]
-    deep, lines = place in ("Table 2", "Table 3", "Section 4"), defaultdict(list)
-    for init in dict.fromkeys(best.grid.config["init"] for best in used):
-        line = [best for best in used if best.grid.config["init"] == init]
-        numbers = [getattr(best, shown) + " (*edge*)" * bool(best.edge) for best in line]
-        places = ", ".join(str(best.depth if deep else best.bs) for best in line)
-        lines[places].append(f"{NAME[line[0].grid.method]} {', '.join(numbers)}")
-    texts = [f"{'depth' if deep else 'B'} {places}: {'; '.join(line)}" for places, line in lines.items()]
-    return verdict, "; ".join([*texts, seeds([best.total for best in used])])
+def judge(section, claim):
+    """A claim's verdict in a section and the numbers behind it, from how many seeds; None where they are not enough."""
+
+    def tell(best):
+        told = best and (best.value if claim.shown == "value" else power(best.rate))
+        return f"{told} (*edge*)" if best and best.edge else told or "diverged"
+
+    lines = section.lines(claim.place, claim.methods, claim.metric)
+    shared = [x for x in next(iter(lines.values()), ()) if all(x in line for line in lines.values())]
+    shared = [x for x in shared if claim.low <= x <= claim.high]
+    lines = [[line[x] for x in shared] for line in lines.values()]
+    found = [best for line in (lines[:-1] if claim.test is plain_fails else lines) for best in line]
+    trained = all(best and how_many(best.runs) >= claim.kept for best in found)
+    usual = not claim.network or not section.differences(**claim.network)
+    if len(shared) < claim.least or shared[-1] < claim.reach or not trained or not usual:
+        return None
+    rows = list(zip(*lines, strict=True))
+    results = [claim.test(each) for each in {"row": rows, "line": lines, "all": [rows]}[claim.each]]
+    texts = [f"{NAME[method]} {', '.join(map(tell, line))}" for method, line in zip(claim.methods, lines, strict=True)]
+    numbers = f"{'depth' if claim.place in DEEP else 'B'} {', '.join(map(str, shared))}: {'; '.join(texts)}"
+    counts, paper = [best.runs for best in found], section.setup.seeds
+    few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
+    verdict = "holds" if all(results) else "does not hold"
+    return None if None in results else (verdict, f"{numbers}; {seeds(counts)}{few}")
 
 
-def judge_all(sections):
-    """Markdown: a line for each claim and each section that decides it; then what the others need."""
+def judge_speed(speed):
+    """The same for the wall-clock claim of section 3, from a record of speed.py; this project's engine decides it."""
+    found = {key[1:]: row["images_per_second"] for key, row in speed["fastest"].items() if key[0] == 64}
+    ratios = {key[1]: found[key] / found["bn", key[1]] for key in found if key[0] == "none" and ("bn", key[1]) in found}
+    if speed["model"] != "wrn16-4" or not ratios:
+        return None
+    ours = min(ratios, key=lambda engine: not engine.startswith("ours"))
+    numbers = "; ".join(f"{it} {ratios[it]:.2f} times ({found['none', it]:,.0f} images/s)" for it in ratios)
+    return "holds" if 1.3 <= ratios[ours] <= 1.7 else "does not hold", f"{numbers}; a timing, no seeds"
+
+
+def judge_all(sections, speeds):
+    """Markdown: a line for each claim and each section that decides it; then those that nothing decides."""
+    asked = [(claim[:3], [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS]
+    asked.append((("Section 3", FASTER, TWO[:1]), [(speed["title"], judge_speed(speed)) for speed in speeds]))
     decided, undecided = [], []
-    for claim in CLAIMS:
-        place, statement, *_ = claim
-        verdicts = {section.title: judge(section, *claim) for section in sections}
-        for name, (verdict, numbers) in verdicts.items():
-            if verdict != "not enough runs":
-                decided.append(f"- **{verdict}**, {place}: {statement}. *{name}:* {numbers}")
-        if all(verdict == "not enough runs" for verdict, _ in verdicts.values()):
-            reasons = "; or ".join(dict.fromkeys(reason for _, reason in verdicts.values()))
-            undecided.append(f"- **not enough runs**, {place}: {statement}. It {reasons}")
+    for (place, statement, methods), answers in asked:
+        lines = [f"- **{it[0]}**, {place}: {statement}. *{name}:* {it[1]}" for name, it in answers if it]
+        decided += lines
+        names = ", ".join(NAME[method] for method in methods)
+        undecided += [] if lines else [f"- **not enough runs**, {place}: {statement}. It needs {place} with {names}"]
     return ["\n".join(lines) for lines in (decided, undecided) if lines]
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-
-def canvas(section, count, columns, width, height):
-    """A figure with its panels; matplotlib is imported here because --edges has to start fast."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams.update({"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"})
-    lines = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    figure.suptitle(section.caption, fontsize=9, color="#555555")
-    panels = [figure.add_subplot(lines, columns, 1 + i) for i in range(count)]
-    for axes in panels:
-        axes.margins(y=0.2)  # the crosses stand below the curves
-    return figure, panels
+Panel = namedtuple("Panel", "title xlabel ylabel bases lines")  # the bases of logarithmic axes; lines of (look, points)
+Point = namedtuple("Point", "x y down up mark", defaults=(None, 0, 0, ""))  # without a y it diverged
 
 
 def style(method, **changes):
     name, colour, marker, line = METHODS[method]
-    size = {"bn": 6.5, "none": 5.5}.get(method, 4.5)  # markers at the same place stay visible
+    size = {"bn": 6.5, WHOLE[0]: 6.5, "none": 5.5}.get(method, 4.5)  # markers at the same place stay visible
     look = {"label": name, "color": colour, "marker": marker, "linestyle": line, "markersize": size, "linewidth": 1.3}
     return look | changes
 
 
-def crosses(axes, method, places):
-    """Mark what diverged at the bottom, by the crossed out marker of its method and at a height of its own."""
-    height = [0.02 + 0.011 * list(METHODS).index(method)] * len(places)
-    for marker in (METHODS[method][2], "x"):
-        look = style(method, label=None, marker=marker, linestyle="none", fillstyle="none", markersize=6)
-        axes.plot(places, height, transform=axes.get_xaxis_transform(), **look)
+def mean_point(x, found, mark):
+    """What runs reach, without a bar if it is one run."""
+    if not found or found.mean is None:
+        return Point(x)
+    return Point(x, found.metric.scale * found.mean, *[found.metric.scale * (found.std or 0)] * 2, mark)
 
 
-def point(best, rates):
-    """A marker's height and the lengths of its bar: a learning rate with its bracket, or a mean with its deviation."""
-    if best is None:
-        return math.nan, 0, 0
-    if rates:
-        return best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate
-    return [best.metric.scale * number for number in (best.mean, best.std or 0, best.std or 0)]
+def rate_point(bs, best, mark):
+    """The optimal learning rate and its bracket."""
+    return Point(bs, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, mark) if best else Point(bs)
 
 
-def draw_figure(section, number):
-    """Figures 1 to 4; a marker is hollow where the optimum is an edge, and a cross where every rate diverged."""
+def figure_panels(section, number):
+    """Figures 1 to 4."""
     rates = number in (2, 4)
-    figure, panels = canvas(section, 2, 2, 4.4, 3.6)
-    for axes, metric, letter in zip(panels, (ACCURACY, LOSS), "ab", strict=True):
-        for layer, method in enumerate(THREE, 2):
-            if line := section.line(number, metric, method):
-                heights, *bars = zip(*(point(best, rates) for best in line.values()), strict=True)
-                axes.errorbar(list(line), heights, bars, capsize=3, zorder=layer, **style(method))
-                edges = [bool(best and best.edge) for best in line.values()]
-                hollow = style(method, label=None, linestyle="none", markerfacecolor="white", zorder=layer + 0.5)
-                axes.plot(list(line), heights, markevery=edges, **hollow)
-                crosses(axes, method, [bs for bs, best in line.items() if not best])
-        axes.set_xscale("log", base=2)
-        if rates:
-            axes.set_yscale("log", base=2)
+    for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
+        lines, point = [], rate_point if rates else mean_point
+        for method, line in section.figure(number, metric).items():
+            points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
+            lines.append((style(method), points))
         label = "learning rate" if rates else metric.name + metric.unit
-        axes.set(title=f"({letter}) {metric.name}", xlabel="batch size", ylabel=f"optimal {label}")
-    return figure
+        yield Panel(f"({letter}) {metric.name}", "batch size", f"optimal {label}", (2, 2 if rates else 0), lines)
 
 
-def draw_rates(axes, grid, metric):
+def rate_lines(grid, metric):
     """A ring marks the optimum, a crossed out marker at the bottom a learning rate that diverged."""
-    points = {rate: mean_of_best(grid.runs[rate], metric) for rate in sorted(grid.runs)}
-    means, stds = ([metric.scale * (numbers[i] or 0) for numbers in points.values()] for i in (0, 1))
-    axes.errorbar(list(points), means, stds, capsize=2, **style(grid.method))
-    if best := optimum(grid, metric):
-        ring = style(grid.method, label=None, marker="o", markersize=12, fillstyle="none")
-        axes.plot(best.rate, metric.scale * best.mean, **ring)
-    crosses(axes, grid.method, [rate for rate, numbers in points.items() if math.isnan(numbers[0])])
-    axes.set_xscale("log", base=2)
+    best, points = optimum(grid, metric), []
+    for rate, runs in sorted(grid.runs.items()):
+        points.append(mean_point(rate, best_runs(runs, metric), "best" * bool(best and rate == best.rate)))
+    yield style(grid.key[0]), points
 
 
-def draw_curves(axes, grid, metric):
+def curve_lines(grid, metric):
     """Every run at the optimal learning rate; crossed out markers show where one, at any learning rate, diverged."""
-    diverged = [run for runs in grid.runs.values() for run in runs if run["status"] == "diverged"]
-    for run in (grid.runs[best.rate] if (best := optimum(grid, metric)) else []) + diverged:
-        points = list(zip(*curve(run, metric), strict=True)) or [[], []]
-        axes.plot(*points, **style(grid.method, alpha=0.6, linewidth=0.8, markersize=2))
-    crosses(axes, grid.method, [len(run["history"]) + 1 for run in diverged])
-    axes.set_xlim(0, grid.config["epochs"] + 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    best = optimum(grid, metric)
+    for run in (run for runs in grid.runs.values() for run in runs):
+        diverged = run["status"] == "diverged"
+        if diverged or (best and run["config"]["lr"] == best.rate):
+            points = [Point(*point) for point in curve(run, metric)] + [Point(len(run["history"]) + 1)] * diverged
+            yield style(grid.key[0], alpha=0.6, linewidth=0.8, markersize=2), points
 
 
-def small_multiples(section, draw, metric, label):
-    """A panel for each depth and batch size, with a line for each method."""
-    places = list(dict.fromkeys(key[1:] for key in section.at))
-    columns = min(4, len(places))
-    figure, panels = canvas(section, len(places), columns, *((3.2, 2.6) if columns > 1 else (5.5, 4)))
-    for axes, place in zip(panels, places, strict=True):
-        grids = [grid for key, grid in section.at.items() if key[1:] == place]
-        for grid in grids:
-            draw(axes, grid, metric)
-        if not any(optimum(grid, metric) for grid in grids):
+MULTIPLES = ((rate_lines, "rates", "learning rate", 2), (curve_lines, "curves", "epoch", 0))
+
+
+def small_multiples(section, lines, metric, label, base):
+    """A panel for each depth and batch size, with the lines of each method."""
+    for depth, bs in dict.fromkeys(key[1:] for key in section.at):
+        drawn = [line for key, grid in section.at.items() if key[1:] == (depth, bs) for line in lines(grid, metric)]
+        yield Panel(f"{depth} layers, batch size {bs}", label, metric.name + metric.unit, (base, None), drawn)
+
+
+def speed_panel(speed):
+    """Colours are methods, markers and lines are engines, and bars go from the slowest to the fastest round."""
+    lines, named = defaultdict(list), {}
+    for (bs, method, engine), row in speed["fastest"].items():
+        mean = row["images_per_second"]
+        lines[method, engine].append(Point(bs, mean, mean - row["low"], row["high"] - mean))
+    looks = []
+    for (method, engine), points in lines.items():
+        marker, line = ENGINES[engine.split(",")[0]]
+        look = style(method, marker=marker, linestyle=line, markersize=4)
+        named |= {method: style(method, marker=""), engine: look | {"label": engine, "color": "#555555"}}
+        looks.append((look | {"label": None}, points))
+    return Panel("", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()])
+
+
+def draw_line(axes, layer, look, points):
+    """A line with bars, hollow markers at edges, a ring around the best and crosses at the bottom for what diverged."""
+    xs, ys, bars = [p.x for p in points], [math.nan if p.y is None else p.y for p in points], [p[2:4] for p in points]
+    axes.errorbar(xs, ys, [*zip(*bars, strict=True)] if any(map(any, bars)) else None, capsize=3, zorder=layer, **look)
+    bare = look | {"label": None, "linestyle": "none", "zorder": layer + 0.5}
+    changes = {"edge": {"markerfacecolor": "white"}, "best": {"marker": "o", "markersize": 12, "fillstyle": "none"}}
+    for point in points:
+        if point.mark:
+            axes.plot(point.x, point.y, **bare | changes[point.mark])
+    lost = [point.x for point in points if point.y is None]
+    for marker in (look["marker"], "x") if lost else ():  # each method at a height of its own
+        height = 0.02 + 0.011 * list(NAME.values()).index(look["label"])
+        cross = {"marker": marker, "markersize": 6, "fillstyle": "none", "transform": axes.get_xaxis_transform()}
+        axes.plot(lost, [height] * len(lost), **bare | cross)
+
+
+def draw(folder, name, caption, panels):
+    """Write panels with one legend below as PNG and SVG, always the same bytes; return the Markdown that shows them."""
+    import matplotlib  # not above, because --edges has to start fast
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"})
+    columns, legend = min(4, len(panels)), {}
+    lines, (width, height) = math.ceil(len(panels) / columns), {1: (5.5, 4), 2: (4.4, 3.6)}.get(columns, (3.2, 2.6))
+    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
+    figure.suptitle(caption, fontsize=9, color="#555555")
+    for i, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, columns, i, title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.margins(y=0.2)  # the crosses stand below the curves
+        for layer, (look, points) in enumerate(panel.lines, 2):
+            draw_line(axes, layer, look, points)
+        for scale, base in zip((axes.set_xscale, axes.set_yscale), panel.bases, strict=True):
+            if base:
+                scale("log", base=base)
+        if not panel.bases[0]:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        if all(point.y is None for _, points in panel.lines for point in points):
             axes.set_yticks([])  # all diverged: there is no scale
-        axes.set(title="{} layers, batch size {}".format(*place), xlabel=label, ylabel=metric.name + metric.unit)
-    return figure
-
-
-def save(figure, path):
-    """Put one legend below all panels, in the order of METHODS, and write PNG and SVG, the same bytes each time."""
-    named = {}
-    for axes in figure.axes:
-        named |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [name for name in NAME.values() if name in named]
-    columns = int(figure.get_figwidth() / 2.2)
-    figure.legend([named[name] for name in order], order, loc="outside lower center", ncols=columns)
+        legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    order = sorted(legend, key=[*NAME.values(), *legend].index)
+    width = int(figure.get_figwidth() / 2.2)
+    figure.legend([legend[label] for label in order], order, loc="outside lower center", ncols=width)
     for kind, unstamped in (("png", {"Software": None}), ("svg", {"Date": None})):
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150, metadata=unstamped)
-        write(path.with_name(f"{path.name}.{kind}"), picture.getvalue())
+        with whole_file(folder / f"{name}.{kind}") as file:
+            figure.savefig(file, format=kind, dpi=150, metadata=unstamped)
+    return f"![{name}]({folder.name}/{name}.png)"
 
 
-def write(path, content):
-    """Write a file completely or not at all."""
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file that is written completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+    with open(temporary, "wb") as file:
+        yield file
     temporary.replace(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- report
 
 
-def table_rows(section, number):
+def markdown(header, rows):
+    """A table, without the columns in which there is nothing."""
+    shown = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    return "\n".join(f"| {' | '.join(str(row[i]) for i in shown)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def table_keys(section, number):
     """The (method, depth, batch size) of the rows of a table; none if what makes it a table of its own was not run."""
-    methods = list(dict.fromkeys(method for table, method, _ in TABLES if table == number))
-    run = {
-        key[:2] for key in section.at if key[0] in methods and key[2] == section.batch and (number > 1 or key[1] == 16)
-    }
-    depths = {depth for _, depth in run}
-    if len(depths) < 2 if number > 1 else not {"biases", "dropout", "biases+dropout"} & {method for method, _ in run}:
+    methods, imagenet = [method for table, method in TABLES if table == number], number > 3
+    own = [key for key in section.at if key[0] in methods and (imagenet or key[2] == section.bs)]
+    own = [key for key in own if number > 1 or key[1] == 16]
+    places, components = {key[1:] for key in own}, {key[0] for key in own} - {"none", "scalar", "zeroinit"}
+    if not {1: components, 2: len(places) > 1, 3: len(places) > 1}.get(number, places):
         return []
-    if number > 1 and not section.differences(width=2):
-        depths |= {16, 100, 1000}
-    keys = [(method, depth, section.batch) for depth in sorted(depths) for method in [*methods, *ALSO[number]]]
+    if not section.differences(**NETWORK.get(number, {})):
+        places |= {(50, x) if imagenet else (x, section.bs) for x in TABLES[number, methods[0]]}
+    keys = [(method, *place) for place in sorted(places) for method in (*methods, *ALSO.get(number, ()))]
     return [key for key in keys if key[0] in methods or key in section.at]
 
 
-def cells(grid):
-    """Test accuracy, its rate, training loss, its rate, runs kept of those at the optimum, diverged runs of all."""
-    if not grid:
-        return ["not run"] * 6
-    best = [found for metric in (ACCURACY, LOSS) if (found := optimum(grid, metric))]
-    runs = [run for runs in grid.runs.values() for run in runs]
-    diverged = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}"
-    if not best:
-        tried = f"at {' – '.join(dict.fromkeys(power(rate) for rate in (min(grid.runs), max(grid.runs))))}"
-        return ["diverged", tried] * 2 + ["–", diverged]
-    kept = ", ".join(dict.fromkeys(f"{found.kept}/{found.total}" for found in best))
-    rates = [found.bracketed + f" **({found.edge} tried)**" * bool(found.edge) for found in best]
-    return [best[0].value, rates[0], best[1].value, rates[1], kept, diverged]
+def cells(grid, metric):
+    """The number and the learning rate of an optimum."""
+    if not grid or not (best := optimum(grid, metric)):
+        tried = dict.fromkeys(power(rate) for rate in (min(grid.runs), max(grid.runs))) if grid else ()
+        return ("diverged", f"at {' – '.join(tried)}") if grid else ("not run", "not run")
+    return best.value, best.bracketed + f" **({best.edge} tried)**" * bool(best.edge)
 
 
 def table(section, keys, number=None):
     """Markdown: the grids at some (method, depth, batch size), beside the numbers of one of the paper's tables."""
-    names = "Layers|B|Method|Test accuracy (%)|Paper|Rate|Paper|Training loss|Paper|Rate|Kept|Diverged"
-    lines = [names.split("|"), ["---"] * 12]
+    rows, metrics = [], section.setup.metrics
     for method, depth, bs in keys:
-        ours = cells(section.at.get((method, depth, bs)))
-        paper = TABLES.get((number, method, depth), ("–", "–", "–"))
-        places = [str(depth), str(bs), NAME[method]]
-        lines.append([*places, ours[0], paper[0], ours[1], paper[1], ours[2], paper[2], *ours[3:]])
-    shown = [i for i in range(12) if any(line[i] != "–" for line in lines[2:])]
-    return "\n".join("| " + " | ".join(line[i] for i in shown) + " |" for line in lines)
+        grid = section.at.get((method, depth, bs))
+        paper = TABLES.get((number, method), {}).get(depth if LOSS in metrics else bs, "–").split("|")
+        paper += ["–"] * (3 - len(paper))
+        (value, rate), (loss, its_rate), *_ = [*(cells(grid, metric) for metric in metrics), ("–", "–")]
+        runs = [run for rate in grid.runs for run in grid.runs[rate]] if grid else []
+        found = [best for metric in metrics if grid and (best := optimum(grid, metric))]
+        kept = dict.fromkeys(f"{how_many(best.runs)}/{best.runs}" for best in found)
+        lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}" if runs else "–"
+        row = [depth, bs, NAME[method], value, paper[0], rate, paper[1], loss, paper[2], its_rate]
+        rows.append([*row, ", ".join(kept) or "–", lost])
+    accuracy = "Test accuracy (%)" if LOSS in metrics else "Top-1 / top-5 (%)"
+    header = f"Layers|B|Method|{accuracy}|Paper|Rate|Paper|Training loss|Paper|Rate|Kept|Diverged"
+    return markdown(header.split("|"), rows)
 
 
-def protocol(section, **paper):
+def protocol(section, **network):
     """The end of a caption: the section's protocol, and what in it is not the paper's."""
-    differences = section.differences(**paper)
-    if min(section.seeds) < SEEDS:
-        differences.append(f"{seeds(section.seeds)} instead of {SEEDS}")
-    paper = f"Not the paper's protocol: {', '.join(differences)}." if differences else "The paper's protocol."
-    return f"{section.caption}. {paper}"
+    differences, paper = section.differences(**network), section.setup.seeds
+    differences += [f"{seeds(section.counts)} instead of {paper}"] * (min(section.counts) < paper)
+    told = f"Not the paper's protocol: {', '.join(differences)}." if differences else "The paper's protocol."
+    return f"{section.title}, {seeds(section.counts)}. {told}"
 
 
 def what_was_run(section):
@@ -693,49 +697,73 @@ def what_was_run(section):
         for rate, present in seeds.items():
             if missing := set().union(*seeds.values()) - present:
                 yield f"- {grid.name} lacks at {power(rate)} seed {', '.join(map(str, sorted(missing)))}"
-        if not grid.method:
+        if not grid.key[0]:
             yield f"- {grid.name} is in no figure or table"
 
 
 def section_report(section, home, curves):
     """Markdown of a section, whose pictures go into a folder of its own."""
-
-    def picture(name, figure):
-        save(figure, home / name)
-        return f"![{name}]({home.name}/{name}.png)"
-
-    yield f"# {section.caption}"
+    folder = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-")
+    caption = f"{section.title}, {seeds(section.counts)}"
+    yield f"# {caption}"
     yield "\n".join(what_was_run(section))
-    for number in filter(section.has_figure, FIGURES):
-        yield picture(f"fig{number}", draw_figure(section, number))
-        network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
-        yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
+    for number in FIGURES:
+        if section.figure(number, ACCURACY):
+            yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
+            network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
+            yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
     tabled = set()
-    for number in (1, 2, 3):
-        if keys := table_rows(section, number):
+    for number in section.setup.tables:
+        if keys := table_keys(section, number):
             tabled |= set(keys)
-            yield f"**Table {number}.** {protocol(section, width=4 if number == 1 else 2)}"
+            yield f"**Table {number}.** {protocol(section, **NETWORK.get(number, {}))}"
             yield table(section, keys, number)
-    for metric in (ACCURACY, LOSS) if section.at else ():
-        for name, draw, label in (("rates", draw_rates, "learning rate"), ("curves", draw_curves, "epoch")):
-            if name == "rates" or curves:
-                yield picture(f"{name}_{metric.key}", small_multiples(section, draw, metric, label))
-                yield f"**{metric.name.capitalize()} against the {label}.** {draw.__doc__} {section.caption}."
+    for metric in section.setup.metrics:
+        for lines, name, label, base in MULTIPLES if curves or metric is TOP1 else MULTIPLES[:1]:
+            panels = list(small_multiples(section, lines, metric, label, base))
+            if any(points for panel in panels for _, points in panel.lines):
+                yield draw(folder, f"{name}_{metric.key}", caption, panels)
+                yield f"**{metric.name.capitalize()} against the {label}.** {lines.__doc__} {caption}."
     if section.at.keys() - tabled:
         yield "**All grids.**"
         yield table(section, section.at)
 
 
-def report(folder, records, problems, curves):
+def speed_report(speed, home):
+    """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
+    fastest, rows = speed["fastest"], []
+    engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
+    for place in dict.fromkeys(key[:2] for key in fastest):
+        found = [fastest.get((*place, engine)) for engine in engines]
+        plain = [row["images_per_second"] for row in found if row and row["engine"] == "plain"]
+        cells = [f"{row['images_per_second']:,.0f}" if row else "–" for row in found]
+        for i, row in enumerate(found):
+            if row and plain and row["engine"] != "plain":
+                cells[i] += f" (× {row['images_per_second'] / plain[0]:.2f})"
+        rows.append([place[0], NAME[place[1]], *cells])
+    yield from (f"# {speed['title']}", speed["about"])
+    yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
+    yield f"**Images per second.** {speed_panel.__doc__} In the table, × how many times the plain loop."
+    yield markdown(["B", "Method", *engines], rows)
+    if costs := [[line["target"], line["runs"], line["hours"]] for line in speed["cost"]]:
+        yield "**What the targets of the sweep cost on this machine.**"
+        yield markdown(["Target", "Runs", "Hours"], costs)
+    for line in speed["checks"]:
+        yield f"- {'met' if line['met'] else '**not met**'}: {line['what']} {line['value']}, target {line['target']}"
+
+
+def report(folder, runs, speeds, problems, curves):
     """Write RESULTS/report: the claims, then every section, then the files that were not used."""
-    home, sections = folder / "report", make_sections(records)
-    parts = ["# Claims of the paper", NOTE, *judge_all(sections)]
+    home, sections = folder / "report", make_sections(runs)
+    parts = ["# Claims of the paper", NOTE, *judge_all(sections, speeds)]
     for section in sections:
-        slug = re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-")
-        parts += section_report(section, home / slug, curves)
+        parts += section_report(section, home, curves)
+    for speed in speeds:
+        parts += speed_report(speed, home)
     if problems:
-        parts += ["# Files that are no records", "\n".join(f"- {name}: {problems[name]}" for name in problems)]
-    write(home / "REPORT.md", ("\n\n".join(parts) + "\n").encode())
+        parts += ["# Files that were not used", "\n".join(f"- {name}: {problems[name]}" for name in problems)]
+    with whole_file(home / "REPORT.md") as file:
+        file.write(("\n\n".join(parts) + "\n").encode())
     return home / "REPORT.md"
 
 
@@ -745,19 +773,19 @@ def main():
     parser.add_argument("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
     parser.add_argument("--edges", action="store_true", help="print GRID<tab>RATE for each rate to try next")
     args = parser.parse_args()
-    records, problems = read_records(args.results)
+    runs, speeds, problems = read_records(args.results)
     for name, problem in problems.items():
-        print(f"{args.results / name}: {problem}", file=sys.stderr)
-    if not records:
+        print(f"{args.results / name}: not used: {problem}", file=sys.stderr)
+    if not runs and not speeds:
         parser.exit(2, f"error: no records in {args.results} (as {args.results}/DATASET/RUN.json)\n")
     if args.edges:
-        for grid in (grid for section in make_sections(records) for grid in section.grids):
-            print("".join(f"{grid.name}\t{power(rate)}\n" for rate in next_rates(grid)), end="")
-    else:
-        try:
-            print(f"report: {report(args.results, records, problems, args.curves)}")
-        except OSError as error:
-            parser.exit(2, f"error: cannot write the report: {error}\n")
+        grids = [grid for section in make_sections(runs) for grid in section.grids]
+        print("".join(f"{grid.name}\t{power(rate)}\n" for grid in grids for rate in next_rates(grid)), end="")
+        return
+    try:
+        print(f"report: {report(args.results, runs, speeds, problems, args.curves)}")
+    except OSError as error:
+        parser.exit(2, f"error: cannot write the report: {error}\n")
 
 
 if __name__ == "__main__":

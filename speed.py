@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -27,9 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import common
+import resnet_imagenet
 import runner
 import wrn_cifar
-from common import WideResNet
+from common import UserError, WideResNet
 from wrn_cifar import Parser, number, positive
 
 WHOLE = "bn (whole batch)"
@@ -40,25 +42,38 @@ TRAFFIC = {"bn": 17e6, "other": 14e6}  # bytes that a step of Wide-ResNet 16-4 i
 
 
 class Pictures(Dataset):
-    """Images as torchvision's CIFAR10 gives them: PIL, through the usual transforms."""
+    """Images as torchvision's data sets give them, arrays or files: PIL, through the usual transforms."""
 
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-        steps = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-        self.transform = transforms.Compose([*steps, transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))])
+    def __init__(self, sources, labels, *crop):
+        self.sources, self.labels = sources, labels
+        finish = transforms.ToTensor(), transforms.Normalize(resnet_imagenet.MEAN, resnet_imagenet.STD)
+        self.transform = transforms.Compose([*crop, *finish])
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+        source = self.sources[i]
+        image = Image.open(source).convert("RGB") if isinstance(source, Path) else Image.fromarray(source)
+        return self.transform(image), self.labels[i]
+
+
+def crop_32():
+    return transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()
+
+
+def load(pictures, bs, workers=0):
+    """The sizes of a DataLoader's batches, for ever."""
+    loader = DataLoader(pictures, bs, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    while True:
+        yield from (len(labels) for _, labels in loader)
 
 
 def plain(net, pictures, bs, device):
     """A textbook's training loop; yields the number of images after each update."""
     net, total = net.to(device), 0.0
     optimizer = torch.optim.SGD(net.parameters(), lr=2**-10, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(pictures, batch_size=bs, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
+    loader = DataLoader(pictures, bs, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
     while True:
         for images, labels in loader:
             optimizer.zero_grad()
@@ -132,6 +147,12 @@ def rate(steps, seconds, device) -> float:
             return items / (time.perf_counter() - began)
 
 
+def medians(entries: dict, args) -> dict:
+    """The median rates of things that the CPU does."""
+    rates = interleave(entries, args.rounds, args.seconds, torch.device("cpu"))
+    return {name: statistics.median(found) for name, found in rates.items()}
+
+
 def interleave(entries: dict, rounds, seconds, device) -> dict:
     """The rates of each entry, one per round; the first round only warms up."""
     rates = {key: [] for key in entries}
@@ -142,12 +163,39 @@ def interleave(entries: dict, rounds, seconds, device) -> dict:
     return rates
 
 
-def augmentation(data, pictures, bs) -> dict:
+def augmentation(data, pictures, args) -> dict:
     """Images per second on one core: this code's crop and flip, and PIL's through a DataLoader in the same process."""
-    rows = data.draw(0, 0).split(bs)
-    mine = (len(data.train_batch(part)[1]) for part in itertools.cycle(rows[:-1]))
-    theirs = (len(labels) for _ in itertools.count() for _, labels in DataLoader(pictures, batch_size=bs))
-    return {"ours": mine, "PIL": theirs}
+    mine = (len(data.train_batch(part)[1]) for part in itertools.cycle(data.draw(0, 0).split(64)))
+    return medians({"ours": mine, "PIL": load(pictures, 64)}, args)
+
+
+def pipeline(folder: Path, args) -> list[dict]:
+    """Checks of the ImageNet input pipeline against torchvision's transforms, on the photographs of a folder.
+
+    Flipping and standardization are left out on our side: they are the device's.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in resnet_imagenet.SUFFIXES)
+    if not files:
+        raise UserError(f"--photos: {folder} holds no photographs")
+    part = np.array([bytes(p) for p in files]), np.zeros(len(files), dtype=np.int64)
+    random_crop = transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()
+    centre_crop = transforms.Resize(256), transforms.CenterCrop(224)
+    result = []
+    for what, workers, theirs, target in (
+        ("training images, one core", 0, random_crop, 1.5),
+        ("validation images, one core", 0, centre_crop, 1.7),
+        ("training images, two workers", 2, random_crop, 1.8),
+    ):
+        data = resnet_imagenet.ImageNet("photographs", part, part, "", torch.device("cpu"), workers=workers)
+        rows = torch.cat([data.draw(0, epoch) for epoch in range(4)])
+        if theirs is centre_crop:
+            rows[:, 2] = resnet_imagenet.CENTRE
+        mine = (len(parts[0]) for _ in itertools.count() for parts in data.feed([*rows.split(32)]))
+        rates = medians({"ours": mine, "theirs": load(Pictures(files, part[1], *theirs), 32, workers)}, args)
+        print(f"{what}: {rates['ours']:,.0f} images/s, by torchvision's transforms {rates['theirs']:,.0f}", flush=True)
+        value = rates["ours"] / rates["theirs"]
+        result.append({"what": f"decoding {what}", "value": value, "target": target, "met": value >= target})
+    return result
 
 
 def bandwidth(device) -> float:
@@ -268,7 +316,7 @@ def cost(rows, args) -> list[dict]:
 def measure(args, device, precision) -> dict:
     """The record: rows of images/s, checks, and what the sweeps cost."""
     train, test = wrn_cifar.shapes(args.images, 0, 32), wrn_cifar.shapes(500, 1, 32)
-    data, pictures = wrn_cifar.Images("shapes", train, test, device), Pictures(*train)
+    data, pictures = wrn_cifar.Images("shapes", train, test, device), Pictures(*train, *crop_32())
     rows = []
     for bs in args.batches:
         entries = contenders(args, bs, data, pictures, device, precision)
@@ -281,22 +329,18 @@ def measure(args, device, precision) -> dict:
         entries.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    extra = interleave(augmentation(data, pictures, 64), args.rounds, args.seconds, device)
+    extra = augmentation(data, pictures, args)
+    decoding = pipeline(args.photos, args) if args.photos else []
     torch.set_num_threads(threads)
-    extra = {name: statistics.median(rates) for name, rates in extra.items()}
     record = {"kind": "speed", "device": runner.device_name(device), "threads": threads, "torch": torch.__version__}
     record |= runner.environment() | {
         "model": f"wrn{args.depth}-{args.width}",
         "data": "generated, 32x32",
         "rows": rows,
     }
-    record |= {"augmentation": extra, "checks": checks(rows, device, extra)}
+    record |= {"augmentation": extra, "checks": checks(rows, device, extra) + decoding}
     if device.type == "cuda":
         record["limit"] = {key: bandwidth(device) / traffic for key, traffic in TRAFFIC.items()}
-    if args.photos:
-        import resnet_imagenet
-
-        record["checks"] += resnet_imagenet.measure_pipeline(args.photos, args.rounds)
     return record | {"cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []}
 
 

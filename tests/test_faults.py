@@ -489,10 +489,10 @@ def test_a_damaged_batch_is_never_unpickled(server, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- ranks
 
 
-def torchrun(out, *flags):
+def torchrun(out, *flags, script="wrn_cifar.py", usual=FLAGS):
     """Start two ranks in a process group of their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "wrn_cifar.py", *FLAGS.split(), "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", script, *usual.split(), "--out", str(out)]
     log = open(f"{out}.log", "a")  # noqa: SIM115
     return subprocess.Popen([*command, *flags], cwd=HERE, stdout=log, stderr=log, start_new_session=True)
 
@@ -541,6 +541,30 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on(tmp_path):
     assert "goes on from epoch" in Path(f"{tmp_path}/out.log").read_text()
     assert torchrun(tmp_path / "straight", *flags).wait(120) == 0
     assert results(tmp_path / "out") == results(tmp_path / "straight") != {}
+
+
+@pytest.mark.slow
+def test_imagenet_on_two_ranks_goes_on_bit_by_bit_with_other_workers(tmp_path):
+    """Stopped in the middle of an epoch, and taken up with another number of workers."""
+    from test_resnet_imagenet import make_folder
+
+    folder = make_folder(tmp_path / "my photographs", train=20, val=3)
+    usual = "--arch v2 --init bn --bs 8 --ghost 8 --lr 2^-6 --epochs 3 --image-size 32 --device cpu --save-weights"
+    for out, workers, more in (("out", 2, ["--checkpoint-every", "0"]), ("out", 0, []), ("straight", 1, [])):
+        flags = ["--data-dir", str(folder), "--workers", str(workers), *more]
+        process = torchrun(tmp_path / out, *flags, script="resnet_imagenet.py", usual=usual)
+        while more and not list((tmp_path / out).glob("*/*.ckpt")):
+            time.sleep(0.1)
+        if more:
+            process.terminate()
+        assert (process.wait(300) != 0) is bool(more)
+    log = Path(f"{tmp_path}/out.log").read_text()
+    assert "interrupted: the same command goes on" in log and "goes on from epoch 1, update" in log
+    ours, straight = (
+        torch.load(next((tmp_path / out).glob("*/*.pt")), weights_only=True)["state_dict"]
+        for out in ("out", "straight")
+    )
+    assert ours.keys() == straight.keys() and all(torch.equal(ours[key], straight[key]) for key in ours)
 
 
 # --------------------------------------------------------------------------------------------------------------- sweeps

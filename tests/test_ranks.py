@@ -8,6 +8,15 @@ from test_training import tiny_data, tiny_run
 
 import common
 
+RESNETS = {
+    "bn, a ghost batch in each rank": ("v1", "bn", 4, 0),
+    "bn, ghost batches in passes": ("v2", "bn", 2, 2),
+    "bn, a ghost batch over both ranks": ("v1", "bn", 8, 0),
+    "fixup": ("v1", "fixup", 0, 0),
+    "fixup, passes": ("v2", "fixup", 0, 2),
+    "zeroinit": ("v2", "zeroinit", 0, 0),
+    "zeroinit+bias, passes": ("v1", "zeroinit+bias", 0, 2),
+}
 CASES = {
     "none": ("--init none", 8),
     "none, passes": ("--init none", 2),
@@ -32,19 +41,42 @@ def train_some(case):
     return run.masters, statistics, [{k: v for k, v in e.items() if k != "seconds"} for e in run.history]
 
 
+def train_resnet(case):
+    """An update of ResNet-50 in float64, away from the start, where Fixup and ZeroInit have gradients of zero."""
+    version, init, ghost, micro = RESNETS[case]
+    config = {"model": "resnet50", "init": init, "bs": 8, "lr": 2**-4, "epochs": 1, "seed": 0, "ghost": ghost}
+    config |= {"wd": 1e-4, "momentum": 0.9, "l2_all": False, "scalar_lr": 1.0}
+    torch.manual_seed(0)
+    net = common.ResNet50(version, init, 10, ghost).double()
+    for parameter in net.parameters():
+        noise = torch.randn_like(parameter)  # positive for scalars, so that no ReLU is dead
+        parameter.data += 0.1 * noise / parameter[0].numel() ** 0.5 if parameter.ndim else 0.1 * noise.abs()
+    run = common.Run(config, net, tiny_data(8, 16, test=3), torch.device("cpu"), micro=micro)
+    before = [p.detach().clone() for p in run.masters]
+    next(common.train(run, 1))
+    return [(p - b) / 2**-4 for p, b in zip(run.masters, before, strict=True)], run.totals
+
+
 def rank(number, port, out):
     """What each of two processes does, as torchrun would start it."""
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     common.pick_device("cpu")
     torch.save({case: train_some(case) for case in CASES}, f"{out}/{number}.pt")
+    torch.save({case: train_resnet(case) for case in RESNETS}, f"{out}/resnet{number}.pt")
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def folder(tmp_path_factory):
+    """What both ranks found, one file each."""
     out = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(rank, (29500 + os.getpid() % 1000, str(out)), nprocs=2)
-    return [torch.load(out / f"{i}.pt") for i in range(2)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def both(folder):
+    return [torch.load(folder / f"{i}.pt") for i in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,6 +92,19 @@ def test_two_ranks_make_the_update_of_one(case, both):
         assert history[1]["train_loss"] == pytest.approx(expected[2][1]["train_loss"], abs=1e-10)
         if "per rank" not in case:
             assert history[1]["test_accuracy"] == pytest.approx(expected[2][1]["test_accuracy"])  # of 11 images
+
+
+@pytest.mark.parametrize("case", RESNETS)
+def test_two_ranks_make_the_update_of_one_on_resnet(case, folder):
+    (version, init, ghost, _), both = RESNETS[case], [torch.load(folder / f"resnet{i}.pt")[case] for i in range(2)]
+    RESNETS["one rank"] = version, init, ghost, 0
+    steps, totals = train_resnet("one rank")
+    del RESNETS["one rank"]
+    assert sum((step != 0).any().item() for step in steps) == len(steps)  # every parameter moves
+    for theirs, their_totals in both:
+        for ours, reference in zip(theirs, steps, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(their_totals, totals, rtol=1e-9, atol=0)
 
 
 def test_both_ranks_hold_the_same(both):

@@ -41,6 +41,18 @@ def test_table_and_record(tmp_path, monkeypatch, capsys):
     assert len([line for line in out.splitlines() if line.startswith(("bn ", "none "))]) == 8
 
 
+def test_the_input_pipeline(tmp_path, capsys):
+    from test_resnet_imagenet import make_folder
+
+    folder = make_folder(tmp_path / "photographs")
+    args = speed.make_parser().parse_args(["--rounds", "1", "--seconds", "0"])
+    found = speed.pipeline(folder, args)
+    assert [c["target"] for c in found] == [1.5, 1.7, 1.8] and all(c["value"] > 0 for c in found)
+    assert capsys.readouterr().out.count("by torchvision's transforms") == 3
+    with pytest.raises(common.UserError, match="holds no photographs"):
+        speed.pipeline(tmp_path / "photographs" / "nowhere", args)
+
+
 def test_ratios():
     rows = [row("bn", 64, "plain", 100), row("bn", 64, "ours", 150), row("bn", 64, "ours", 500, "bf16")]
     rows += [row("zeroinit", 64, "ours", 600, "bf16"), row("none", 64, "ours", 210)]
@@ -77,7 +89,7 @@ def test_the_plain_loop_learns_what_the_engine_does():
     torch.manual_seed(0)
     config, net = speed.make("none", speed.make_parser().parse_args(["--depth", "10", "--width", "1"]), 8)
     before = [p.clone() for p in net.parameters()]
-    steps = speed.plain(net, speed.Pictures(*wrn_cifar.shapes(32, 0, 32)), 8, torch.device("cpu"))
+    steps = speed.plain(net, speed.Pictures(*wrn_cifar.shapes(32, 0, 32), *speed.crop_32()), 8, torch.device("cpu"))
     assert [next(steps), next(steps)] == [8, 8]
     assert not any(map(torch.equal, before, net.parameters()))
     assert config["bs"] == 8 and isinstance(net, common.WideResNet)
