@@ -136,13 +136,16 @@ def check_same(path: Path, theirs: dict, ours: dict):
 def print_status(lines, configurations):
     """For each command line: done, diverged, running and all runs, the grid they belong to, and the line, tabs between.
 
-    `configurations(argv)` gives a line's runs; a grid is the runs that differ only in learning rate and seed.
+    `configurations(argv)` gives the runs of what follows the script's name in a line; a grid is the runs that differ
+    only in learning rate and seed. Diverged runs are among the done, and running ones are not.
     """
     for line in filter(None, map(str.strip, lines)):
-        runs = configurations(shlex.split(line, comments=True)[2:])
-        records = [read_record(path) for path, config in runs.items() if is_done(path, config)]
-        diverged = sum(record["status"] == "diverged" for record in records)
-        running = sum(is_running(path) for path in runs)
+        words = shlex.split(line, comments=True)
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        runs = configurations(words[script + 1 :])
+        records = {path: read_record(path) for path, config in runs.items() if is_done(path, config)}
+        diverged = sum(record["status"] == "diverged" for record in records.values())
+        running = sum(is_running(path) for path in runs.keys() - records.keys())
         path = next(iter(runs))
         grid = f"{path.parent.name}/" + re.sub(r"_lr[^_]+|_s\d+$", "", path.stem)
         print(len(records), diverged, running, len(runs), grid, line, sep="\t")
