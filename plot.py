@@ -150,7 +150,11 @@ def read_speed(path, record):
         cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
         checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
     )
-    fastest = {(row["bs"], row["method"], f"{row['engine']}, {row['precision']}"): row for row in rows}
+    precision = {"off": "float32"}
+    fastest = {
+        (row["bs"], row["method"], f"{row['engine']}, {precision.get(row['precision'], row['precision'])}"): row
+        for row in rows
+    }
     return record | {
         "fastest": dict(sorted(fastest.items())),
         "title": f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})",
@@ -759,11 +763,11 @@ def speed_report(speed, home):
     yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
     yield f"**Images per second.** {speed_panel.__doc__} × how many times the plain loop's."
     yield markdown(["B", "Method", *engines], rows)
-    if costs := [[line["target"], line["runs"], line["hours"]] for line in speed["cost"]]:
+    if costs := [[line["target"], f"{line['runs']:,}", f"{line['hours']:,.0f}"] for line in speed["cost"]]:
         yield "**What the targets of the sweep cost on this machine.**"
         yield markdown(["Target", "Runs", "Hours"], costs)
     for line in speed["checks"]:
-        yield f"- {'met' if line['met'] else '**not met**'}: {line['what']} {line['value']}, target {line['target']}"
+        yield f"- {'met' if line['met'] else '**not met**'}: {line['what']}: {line['value']:,.2f}, at least {line['target']:,}"
 
 
 def report(folder, runs, speeds, problems, curves):

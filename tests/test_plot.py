@@ -622,7 +622,7 @@ def test_claim_on_speed(tmp_path, none, expected):
     found, numbers = speed_verdict(tmp_path)
     assert found == expected  # by this project's engine
     assert f"ours, bf16 {none / 1000:.2f} times ({none:,} images/s)" in numbers
-    assert "plain, off 2.00 times (200 images/s)" in numbers and "eager" not in numbers
+    assert "plain, float32 2.00 times (200 images/s)" in numbers and "eager" not in numbers
     assert numbers.endswith("no seeds")
 
 
@@ -667,11 +667,11 @@ def test_report_of_speed_alone(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     text = (tmp_path / "report" / "REPORT.md").read_text()
     for row in """
-        | B | Method | plain, off | ours, bf16 | concurrent, bf16 |
+        | B | Method | plain, float32 | ours, bf16 | concurrent, bf16 |
         | 16 | No Normalization | – | 2,000 | – |
         | 64 | Batch Normalization over the whole batch | 1,000 | – | 8,500, 8 runs (× 8.50) |
-        | fig1 | 3150 | 12.5 |
-        - **not met**: ours / plain 2.1, target 2.5
+        | fig1 | 3,150 | 12 |
+        - **not met**: ours / plain: 2.10, at least 2.5
         """.strip().splitlines():
         assert f"\n{row.strip()}\n" in text + "\n"
     assert "# Images per second: wrn16-4 on shapes, GPU (speed/gpu.json)\n" in text
