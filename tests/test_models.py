@@ -186,3 +186,20 @@ def test_names():
     config = {"init": "bn", "bs": 64, "lr": 0.25, "epochs": 5, "seed": 3, "wd": 0.0, "l2_all": True, "ghost": 64}
     name = run_name("wrn16-4", config, {"wd": 5e-4, "l2_all": False, "ghost": 64})
     assert name == "wrn16-4_bn_bs64_lr2^-2_ep5_wd0_l2all_s03"
+
+
+@pytest.mark.parametrize("images, ghost", [(12, 4), (12, 0), (3, 4)])
+def test_the_spelled_out_form_of_ghost_batch_norm(images, ghost):
+    """What a compiler and ranks are given equals the form of F.batch_norm: values, gradients, running statistics."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, images, 3, 5, 5, dtype=torch.float64)
+    found = []
+    for form in ("forward", "spell_out"):
+        norm = GhostBatchNorm2d(3, ghost).double()
+        torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        out = getattr(norm, form)(x)
+        gradients = torch.autograd.grad((out * weights).sum(), [x, norm.weight, norm.bias])
+        found.append([out, *gradients, norm.running_mean, norm.running_var])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
