@@ -767,7 +767,8 @@ def speed_report(speed, home):
         yield "**What the targets of the sweep cost on this machine.**"
         yield markdown(["Target", "Runs", "Hours"], costs)
     for line in speed["checks"]:
-        yield f"- {'met' if line['met'] else '**not met**'}: {line['what']}: {line['value']:,.2f}, at least {line['target']:,}"
+        met = "met" if line["met"] else "**not met**"
+        yield f"- {met}: {line['what']}: {line['value']:,.2f}, at least {line['target']:,}"
 
 
 def report(folder, runs, speeds, problems, curves):
