@@ -248,7 +248,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(small_disk, monkeypatch, capsys):
     assert script("--out", small_disk) == 1
     error = capsys.readouterr().err
     assert "No space left" in error and "free some space" in error and path.name in error and "Traceback" not in error
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and list(path.parent.iterdir()) == [path]  # and no half a file
     (small_disk / "filler").unlink()
     assert script("--out", small_disk) == 0 and results(small_disk) == undisturbed()
 
