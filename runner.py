@@ -386,7 +386,9 @@ def train_group(todo: list, limit: int, start, args) -> int:
             if agreed(mine):
                 try:
                     jobs[path] = prepare(path, start(config), args)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
                     if not jobs:
                         raise UserError("one run does not fit into the device's memory: try --micro") from None
                     limit = len(jobs)
@@ -398,6 +400,11 @@ def train_group(todo: list, limit: int, start, args) -> int:
         if jobs:
             take_turns(jobs, args)
     return limit
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is of that kind, or came while one was handled, as when it breaks the capture of a graph."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error.__context__))
 
 
 def on_stream(run: Run):

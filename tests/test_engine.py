@@ -95,14 +95,19 @@ def test_a_run_that_diverges_does_not_disturb_the_others(tmp_path):
     assert results({name: together[name]}) == results(alone)
 
 
+@pytest.mark.parametrize("in_capture", [False, True])
 @pytest.mark.parametrize("fails_at", [0, 2])
-def test_memory_that_is_too_small_means_fewer_runs_at_once(fails_at, tmp_path, capsys):
+def test_memory_that_is_too_small_means_fewer_runs_at_once(fails_at, in_capture, tmp_path, capsys):
     alive = []
 
     def prepare(path, run, args, real=runner.prepare):
         if len(alive) % 3 == fails_at:
             alive.append("failed")
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if in_capture:
+                    raise RuntimeError("operation failed due to a previous error during capture")
         alive.append(path.stem)
         return real(path, run, args)
 

@@ -81,7 +81,9 @@ def test_a_run_that_diverges_is_dropped(tmp_path):
 
 def test_too_little_memory_means_fewer_runs(tmp_path, capsys):
     """With most of the memory taken away, as many runs train at once as fit."""
-    flags = "--depth 16 --width 4 --bs 64 --seeds 6 --epochs 1 --concurrent 6 --device cuda"
+    flags = (
+        "--depth 16 --width 16 --bs 96 --seeds 6 --epochs 1 --concurrent 6 --device cuda"  # a gigabyte each, or more
+    )
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1, 4e9 / total))
@@ -89,9 +91,8 @@ def test_too_little_memory_means_fewer_runs(tmp_path, capsys):
         done = train_all(tmp_path, flags)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert len(done) == 6
-    if max(r["environment"]["concurrent"] for r in done.values()) < 6:
-        assert "the device's memory holds" in capsys.readouterr().out
+    assert len(done) == 6 and max(r["environment"]["concurrent"] for r in done.values()) < 6
+    assert "the device's memory holds" in capsys.readouterr().out
 
 
 def test_a_captured_run_goes_on_from_its_checkpoint(tmp_path):
