@@ -716,6 +716,7 @@ class Run:
     def capture(self, record=cuda_graph):
         """Make each burst of updates one graph; the run stays where it is."""
         self.begin_epoch()
+        self.burst = min(self.burst, len(self.rows))
         self.static, state = self.rows[: self.burst].clone(), self.state()
         for _ in range(3):  # lets cuDNN choose its algorithms
             self.train_rows(self.static[:1])

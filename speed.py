@@ -156,9 +156,9 @@ def medians(entries: dict, args) -> dict:
 def interleave(entries: dict, rounds, seconds, device) -> dict:
     """The rates of each entry, one per round; the first round only warms up."""
     rates = {key: [] for key in entries}
-    for number_, (key, steps) in itertools.product(range(rounds + 1), entries.items()):
+    for turn, (key, steps) in itertools.product(range(rounds + 1), entries.items()):
         figure = rate(steps, seconds, device)
-        if number_:
+        if turn:
             rates[key].append(figure)
     return rates
 
@@ -210,52 +210,46 @@ def bandwidth(device) -> float:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
+BN, NONE = ("bn", 64, "ours"), ("none", 64, "ours")
+CHECKS = [  # where, what, at least, and the two rows (method, batch size, engine, precision if it matters) to compare
+    ("cpu", "float32 against the plain loop, B 64", 1.3, (*BN, "off"), ("bn", 64, "plain")),
+    ("cpu", "float32 against the plain loop, B 256", 1.3, ("bn", 256, "ours", "off"), ("bn", 256, "plain")),
+    ("cpu", "bf16 against the plain loop, B 64", 4, (*BN, "bf16"), ("bn", 64, "plain")),
+    ("cpu", "bf16 against the plain loop, B 256", 4.5, ("bn", 256, "ours", "bf16"), ("bn", 256, "plain")),
+    ("cpu", "ZeroInit against batch norm in bf16, B 64", 1.3, ("zeroinit", 64, "ours", "bf16"), (*BN, "bf16")),
+    ("cpu", "ghost batches against the whole batch, B 256", 0.97, ("bn", 256, "ours"), (WHOLE, 256, "ours")),
+    ("cuda", "captured against eager, B 1", 5, ("bn", 1, "ours"), ("bn", 1, "eager")),
+    ("cuda", "captured against eager, B 16", 3, ("bn", 16, "ours"), ("bn", 16, "eager")),
+    ("cuda", "captured against eager, B 64", 1.5, BN, ("bn", 64, "eager")),
+    ("cuda", "concurrent against in turn, B 1", 5, ("bn", 1, "concurrent"), ("bn", 1, "ours")),
+    ("cuda", "concurrent against in turn, B 16", 3, ("bn", 16, "concurrent"), ("bn", 16, "ours")),
+    ("cuda", "concurrent against in turn, B 64", 1.2, ("bn", 64, "concurrent"), BN),
+    ("cuda", "concurrent against the plain loop, B 1", 20, ("bn", 1, "concurrent"), ("bn", 1, "plain")),
+    ("cuda", "concurrent against the plain loop, B 4", 20, ("bn", 4, "concurrent"), ("bn", 4, "plain")),
+    ("cuda", "against the plain loop, B 128", 8, ("bn", 128, "ours"), ("bn", 128, "plain")),
+    ("cuda", "ghost batches against the whole batch, B 512", 0.9, ("bn", 512, "ours"), (WHOLE, 512, "ours")),
+    ("cuda", "ghost batches against the whole batch, B 2048", 0.9, ("bn", 2048, "ours"), (WHOLE, 2048, "ours")),
+    ("cuda", "images/s, B 512", 100_000, ("bn", 512, "ours"), None),
+    ("cuda", "images/s, B 2048", 100_000, ("bn", 2048, "ours"), None),
+    ("", "without batch norm against with it, B 64 (the paper: roughly 1.4)", 1.0, NONE, BN),
+    ("", "crop and flip against PIL, per core", 8, ("crop and flip", 64, "ours"), ("crop and flip", 64, "PIL")),
+    ("", "a step against its crop and flip, B 64", 50, ("crop and flip", 64, "ours"), NONE),
+]
+
+
 def find(rows, method, bs, engine, precision=None) -> float | None:
     """A row's images/s; None where it was not measured."""
-    for row in rows:
-        same = (row["method"], row["bs"], row["engine"]) == (method, bs, engine)
-        if same and precision in (None, row["precision"]):
-            return row["images_per_second"]
-    return None
+    wanted = {"method": method, "bs": bs, "engine": engine} | ({"precision": precision} if precision else {})
+    return next((row["images_per_second"] for row in rows if wanted.items() <= row.items()), None)
 
 
-def checks(rows, device, extra) -> list[dict]:
-    """The figures to reach, as ratios of rows: what, value, target and whether it is met."""
-    on_cpu, result = device.type == "cpu", []
-
-    def ratio(what, target, above, below, scale=1.0):
-        if above and below:
-            value = scale * above / below
-            result.append({"what": what, "value": value, "target": target, "met": value >= target})
-
-    at = functools.partial(find, rows)
-    for bs, off, low in ((64, 1.3, 4), (256, 1.3, 4.5)) if on_cpu else ():
-        ratio(f"float32 against the plain loop, B {bs}", off, at("bn", bs, "ours", "off"), at("bn", bs, "plain"))
-        ratio(f"bf16 against the plain loop, B {bs}", low, at("bn", bs, "ours", "bf16"), at("bn", bs, "plain"))
-    ratio(
-        "ZeroInit against batch norm in bf16, B 64",
-        1.3,
-        at("zeroinit", 64, "ours", "bf16"),
-        at("bn", 64, "ours", "bf16"),
-    )
-    for bs, captured, several in ((1, 5, 5), (16, 3, 3), (64, 1.5, 1.2)):
-        ratio(f"captured against eager, B {bs}", captured, at("bn", bs, "ours"), at("bn", bs, "eager"))
-        ratio(f"concurrent against in turn, B {bs}", several, at("bn", bs, "concurrent"), at("bn", bs, "ours"))
-    for bs, engine, target in ((1, "concurrent", 20), (4, "concurrent", 20), (128, "ours", 8)) if not on_cpu else ():
-        ratio(f"{engine} against the plain loop, B {bs}", target, at("bn", bs, engine), at("bn", bs, "plain"))
-    for bs in (512, 2048):
-        ratio(f"images/s, B {bs}", 100_000, None if on_cpu else at("bn", bs, "ours"), 1)
-    for bs in (256, 512, 2048):
-        share = 0.97 if on_cpu else 0.9
-        ratio(f"ghost batches against the whole batch, B {bs}", share, at("bn", bs, "ours"), at(WHOLE, bs, "ours"))
-    ratio(
-        "without batch norm against with it, B 64 (the paper: roughly 1.4)",
-        1.0,
-        at("none", 64, "ours"),
-        at("bn", 64, "ours"),
-    )
-    ratio("crop and flip against PIL, per core", 8, extra["ours"], extra["PIL"])
-    ratio("a step against its crop and flip, B 64", 50, extra["ours"], at("none", 64, "ours"))
+def checks(rows, device) -> list[dict]:
+    """The figures to reach on a device: what, value, target and whether it is met."""
+    result = []
+    for where, what, target, above, below in CHECKS:
+        over, under = find(rows, *above), find(rows, *below) if below else 1.0
+        if over and under and where in ("", device.type):
+            result.append({"what": what, "value": over / under, "target": target, "met": over / under >= target})
     return result
 
 
@@ -300,15 +294,13 @@ def cost(rows, args) -> list[dict]:
         runs, seconds = 0, 0.0
         for line in lines.splitlines():
             flags = wrn_cifar.parse_args(line.split()[2:])
-            number_ = len(wrn_cifar.configurations(flags))
-            method = (
-                flags.init if flags.init in METHODS else "zeroinit" if common.METHODS[flags.init].scalar else "none"
-            )
-            images_per_second = speed_at(
-                rows, WHOLE if method == "bn" and flags.ghost == 0 and flags.bs > 64 else method, flags.bs
-            )
-            images_per_second *= work(args.depth, args.width) / work(flags.depth, flags.width)
-            runs, seconds = runs + number_, seconds + number_ * flags.epochs * 50_000 / images_per_second
+            like = "zeroinit" if common.METHODS[flags.init].scalar else "none"  # where the method was not measured
+            method = flags.init if flags.init in METHODS else like
+            method = WHOLE if method == "bn" and flags.ghost == 0 and flags.bs > 64 else method
+            relative = work(flags.depth, flags.width) / work(args.depth, args.width)
+            made = len(wrn_cifar.configurations(flags))
+            runs += made
+            seconds += made * flags.epochs * 50_000 * relative / speed_at(rows, method, flags.bs)
         result.append({"target": target, "runs": runs, "hours": seconds / 3600})
     return result
 
@@ -329,7 +321,8 @@ def measure(args, device, precision) -> dict:
         entries.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    extra = augmentation(data, pictures, args)
+    crops = augmentation(data, pictures, args)
+    extra = [{"method": "crop and flip", "bs": 64, "engine": k, "images_per_second": v} for k, v in crops.items()]
     decoding = pipeline(args.photos, args) if args.photos else []
     torch.set_num_threads(threads)
     record = {"kind": "speed", "device": runner.device_name(device), "threads": threads, "torch": torch.__version__}
@@ -338,7 +331,7 @@ def measure(args, device, precision) -> dict:
         "data": "generated, 32x32",
         "rows": rows,
     }
-    record |= {"augmentation": extra, "checks": checks(rows, device, extra) + decoding}
+    record |= {"augmentation": crops, "checks": checks(rows + extra, device) + decoding}
     if device.type == "cuda":
         record["limit"] = {key: bandwidth(device) / traffic for key, traffic in TRAFFIC.items()}
     return record | {"cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []}

@@ -56,13 +56,20 @@ def test_the_input_pipeline(tmp_path, capsys):
 def test_ratios():
     rows = [row("bn", 64, "plain", 100), row("bn", 64, "ours", 150), row("bn", 64, "ours", 500, "bf16")]
     rows += [row("zeroinit", 64, "ours", 600, "bf16"), row("none", 64, "ours", 210)]
-    found = speed.checks(rows, torch.device("cpu"), {"ours": 3000, "PIL": 300})
+    rows += [row("crop and flip", 64, engine, rate) for engine, rate in (("ours", 3000), ("PIL", 300))]
+    found = speed.checks(rows, torch.device("cpu"))
     found = {c["what"]: (c["value"], c["met"]) for c in found}
     assert found["float32 against the plain loop, B 64"] == (1.5, True)
     assert found["bf16 against the plain loop, B 64"] == (5, True)
     assert found["ZeroInit against batch norm in bf16, B 64"] == (1.2, False)
     assert found["crop and flip against PIL, per core"] == (10, True)
+    assert found["without batch norm against with it, B 64 (the paper: roughly 1.4)"] == (1.4, True)
+    assert found["a step against its crop and flip, B 64"] == (3000 / 210, False)
     assert not any("B 256" in what for what in found)
+    rows += [row("bn", 512, "ours", 9e4), row("bn", 64, "eager", 50)]
+    found = {c["what"]: (c["value"], c["met"]) for c in speed.checks(rows, torch.device("cuda"))}
+    assert found["captured against eager, B 64"] == (3, True) and found["images/s, B 512"] == (90_000, False)
+    assert not any("float32" in what for what in found)
 
 
 def test_speed_between_and_beyond_the_measured_batch_sizes():
