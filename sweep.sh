@@ -59,7 +59,7 @@ table4() { resnet50 v2 bn fixup zeroinit-nodropout zeroinit; } # ResNet-50 on Im
 
 table5() { resnet50 v1 bn fixup zeroinit zeroinit+bias; } # a ReLU after each block
 
-demo() { # a depth at which only the plain network fails, and one at which it does not; two minutes on two CPU cores
+demo() { # a depth at which only the plain network fails, and one at which it does not; four minutes on two CPU cores
     local small="python wrn_cifar.py --data shapes --width 1 --bs 16 --epochs 3 --eval-every 3 --out demo"
     for depth in ${DEPTHS:-100 16}; do
         for init in ${INITS:-bn zeroinit none}; do echo "$small --depth $depth --init $init --lr ${LRS:-2^-5 2^-4}"; done
