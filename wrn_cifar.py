@@ -78,7 +78,7 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--compile", action="store_true", help="let torch.compile make the kernels")
     add("--eager", action="store_true", help="no CUDA graphs")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
-    add("--status", action="store_true", help="read such command lines from stdin; print done, diverged and all runs")
+    add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
     parser.set_defaults(**defaults)
 
 
@@ -117,12 +117,14 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace):
     """What must hold between the flags of either script."""
-    method, share = METHODS[args.init], max(1, args.bs // int(os.environ.get("WORLD_SIZE", 1)))
-    ghost = min(args.ghost or args.bs, share)
+    method = METHODS[args.init]
     if args.dropout is not None and not method.dropout:
         parser.error(f"argument --dropout: --init {args.init} has no dropout")
-    if method.norm and args.micro % ghost:
-        parser.error(f"argument --micro: should be a multiple of the {ghost} images of a ghost batch")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        common.split_batch(args.bs, args.ghost if method.norm else None, ranks, args.micro, "cpu")
+    except UserError as error:
+        parser.error(str(error))
 
 
 def configurations(args: argparse.Namespace) -> dict:
@@ -185,9 +187,8 @@ class Images:
         self.side = padded.shape[1]
         self.pixels, self.labels = torch.from_numpy(padded.reshape(-1, 3)).to(device), torch.from_numpy(labels)
         crop = torch.arange(self.size)[:, None] * self.side + torch.arange(self.size)
-        self.crop = torch.stack([crop.flatten(), crop.flip(1).flatten()]).to(
-            device
-        )  # its pixels, as they are or flipped
+        crops = torch.stack([crop.flatten(), crop.flip(1).flatten()])  # its pixels, as they are or flipped
+        self.crop = crops.to(device)
         self.test = torch.from_numpy(test[0]).flatten(1, 2).to(device), torch.from_numpy(test[1]).to(device)
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:

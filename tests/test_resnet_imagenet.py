@@ -106,7 +106,7 @@ def test_the_configuration_has_everything_resolved(tmp_path):
     ("flags", "complaint"),
     [
         ("--init bn --dropout 0.5", "argument --dropout: --init bn has no dropout"),
-        ("--init bn --micro 100", "argument --micro: should be a multiple of the 256 images of a ghost batch"),
+        ("--init bn --micro 100", "--micro 100 should be a multiple of the 256 images of a ghost batch"),
         ("--init zeroinit+bias", "argument --init: zeroinit+bias is for --arch v1, whose blocks end with a ReLU"),
         ("--arch v3", "argument --arch: invalid choice"),
         ("--data cifar10", "argument --data: invalid choice"),
@@ -131,7 +131,7 @@ def test_passes_may_be_a_ranks_part_of_a_ghost_batch(monkeypatch, capsys):
     assert parse_args(["--init", "bn", "--bs", "512", "--micro", "128"]).micro == 128  # half a ghost batch on each rank
     with pytest.raises(SystemExit):
         parse_args(["--init", "bn", "--bs", "512", "--micro", "64"])
-    assert "--micro: should be a multiple of the 128 images" in capsys.readouterr().err
+    assert "--micro 64 should be a multiple of the 128 images" in capsys.readouterr().err
 
 
 def test_workers_share_the_cores_of_a_machine(monkeypatch):
