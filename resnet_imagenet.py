@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import common
 import runner
-import wrn_cifar
 from common import METHODS, UserError
-from wrn_cifar import SHAPES, Parser, fraction, natural, positive, shapes
+from runner import Parser, fraction, natural, positive
+from wrn_cifar import SHAPES, shapes
 
 try:  # what PIL does, to the bit, in less time; torchvision means to give it up some day
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     add("--data-name", help="name of the images in records and reports [the folder's own name]")
     add("--image-size", type=positive, default=224, help="pixels of a side of what the net sees")
     add("--workers", type=natural, help="processes that decode images, for each rank [its share of the cores]")
-    wrn_cifar.add_shared_flags(parser, bs=256, lr=[0.125], epochs=90, wd=1e-4, eval_every=1, concurrent=1)
+    runner.add_shared_flags(parser, bs=256, lr=[0.125], epochs=90, wd=1e-4, eval_every=1, concurrent=1)
     parser.add_argument("--eval-only", action="store_true", help="print the accuracy of saved weights or checkpoints")
     return parser
 
@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if METHODS[args.init].last_bias and args.arch != "v1":
         parser.error(f"argument --init: {args.init} is for --arch v1, whose blocks end with a ReLU")
-    wrn_cifar.check_shared_flags(parser, args)
+    runner.check_shared_flags(parser, args)
     args.stride_on = args.stride_on or STRIDE_ON[args.arch]
     args.data_name = args.data_name or ("shapes" if args.data == "shapes" else args.data_dir.resolve().name)
     if args.workers is None:  # 32 keep up with any GPU
@@ -83,7 +83,7 @@ def configurations(args: argparse.Namespace) -> dict:
     net = {"model": "resnet50", "version": args.arch}
     defaults = {"ghost": 256, "dropout": 0.2, "wd": 1e-4, "momentum": 0.9, "l2_all": False, "scalar_lr": 1.0}
     defaults |= {"base_init": "lecun", "stride_on": STRIDE_ON[args.arch], "image_size": 224}
-    return wrn_cifar.one_per_rate_and_seed(args, f"resnet50-{args.arch}", net, defaults)
+    return runner.one_per_rate_and_seed(args, f"resnet50-{args.arch}", net, defaults)
 
 
 # -------------------------------------------------------------------------------------------------------------- files

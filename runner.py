@@ -1,4 +1,4 @@
-"""From configurations to records: runs that are missing are made, many at once, and survive being killed at any moment.
+"""From flags to records: runs that are missing are made, many at once, and survive being killed at any moment.
 
     wrn16-4_zeroinit_bs64_lr2^-2_ep200_s07.json    a run's record: configuration, history, result; the only truth
     ....ckpt, ....ckpt.old                         the state of an unfinished run, and the one before it
@@ -7,6 +7,7 @@
 Every file is complete or not there at all.
 """
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import (
+    METHODS,
     Run,
     UserError,
     epoch_end,
@@ -75,6 +77,76 @@ def say(text: str):
         print(text, flush=True)
 
 
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def number(kind, low, high=math.inf):
+    """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
+
+    def parse(text: str):
+        base, _, exponent = text.partition("^")
+        value = kind(base) ** int(exponent or 1)
+        if not low <= value < high:
+            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+natural, positive = number(int, 0), number(int, 1)
+coefficient, fraction, rate = number(float, 0), number(float, 0, 1), number(float, 1e-12)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_shared_flags(parser: Parser, **defaults):
+    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
+    add = parser.add_argument_group("optimization").add_argument
+    add("--bs", "--batch-size", type=positive, help="images per update")
+    add("--lr", type=rate, nargs="+", help="learning rates, one run each: 0.25 or 2^-2")
+    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
+    add("--momentum", type=fraction, default=0.9, help="heavy ball")
+    add("--wd", type=coefficient, help="L2 coefficient")
+    add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
+    add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
+    group = parser.add_argument_group("runs")
+    seeds = group.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
+    seeds.add_argument("--seed", type=natural, help="run this seed only")
+    add = group.add_argument
+    add("--out", type=Path, default=Path("results"), help="folder of the records")
+    add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
+    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
+    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
+    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
+    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
+    add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
+    add("--concurrent", type=natural, default=0, help="runs to train at once in this process; 0: chosen for speed")
+    add("--compile", action="store_true", help="let torch.compile make the kernels")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--dry-run", action="store_true", help="print what would be run, and stop")
+    add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
+    parser.set_defaults(**defaults)
+
+
+def check_shared_flags(parser: Parser, args: argparse.Namespace):
+    """What must hold between the flags of either script."""
+    method = METHODS[args.init]
+    if args.dropout is not None and not method.dropout:
+        parser.error(f"argument --dropout: --init {args.init} has no dropout")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        split_batch(args.bs, args.ghost if method.norm else None, ranks, args.micro, "cpu")
+    except UserError as error:
+        parser.error(str(error))
+
+
 # -------------------------------------------------------------------------------------------------------------- names
 
 
@@ -93,6 +165,26 @@ def run_name(model: str, config: dict, defaults: dict) -> str:
             shown = "" if value is True else f"{value:g}" if isinstance(value, float) else value
             name += f"_{key.replace('_', '')}{shown}"
     return f"{name}_s{config['seed']:02d}"
+
+
+def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defaults: dict) -> dict:
+    """The runs of either script: their names begin with `prefix` and hold each flag that is not as in `defaults`.
+
+    Methods without batch norm have no ghost batches and those without dropout a probability of zero, by default.
+    """
+    method = METHODS[args.init]
+    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
+    defaults["dropout"] *= method.dropout
+    shared = net | {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
+    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
+    shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
+    slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
+    runs = {}
+    for lr in args.lr:
+        for seed in range(args.seeds) if args.seed is None else [args.seed]:
+            config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
+            runs[args.out / slug / f"{run_name(prefix, config, defaults)}.json"] = config
+    return runs
 
 
 @functools.cache

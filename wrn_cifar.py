@@ -9,8 +9,6 @@ Each run leaves one JSON record in --out; runs that have theirs are skipped, so 
 import argparse
 import fcntl
 import hashlib
-import math
-import os
 import sys
 from pathlib import Path
 
@@ -21,65 +19,11 @@ from tqdm import tqdm
 import common
 import runner
 from common import METHODS, UserError, WideResNet
+from runner import Parser, fraction, natural, positive
 
 SHAPES = 4096  # training images of the generated data
 
 # -------------------------------------------------------------------------------------------------------------- flags
-
-
-def number(kind, low, high=math.inf):
-    """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
-
-    def parse(text: str):
-        base, _, exponent = text.partition("^")
-        value = kind(base) ** int(exponent or 1)
-        if not low <= value < high:
-            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-natural, positive = number(int, 0), number(int, 1)
-coefficient, fraction, rate = number(float, 0), number(float, 0, 1), number(float, 1e-12)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def add_shared_flags(parser: Parser, **defaults):
-    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
-    add = parser.add_argument_group("optimization").add_argument
-    add("--bs", "--batch-size", type=positive, help="images per update")
-    add("--lr", type=rate, nargs="+", help="learning rates, one run each: 0.25 or 2^-2")
-    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
-    add("--momentum", type=fraction, default=0.9, help="heavy ball")
-    add("--wd", type=coefficient, help="L2 coefficient")
-    add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
-    add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
-    group = parser.add_argument_group("runs")
-    seeds = group.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
-    seeds.add_argument("--seed", type=natural, help="run this seed only")
-    add = group.add_argument
-    add("--out", type=Path, default=Path("results"), help="folder of the records")
-    add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
-    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
-    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
-    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
-    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
-    add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
-    add("--concurrent", type=natural, default=0, help="runs to train at once in this process; 0: chosen for speed")
-    add("--compile", action="store_true", help="let torch.compile make the kernels")
-    add("--eager", action="store_true", help="no CUDA graphs")
-    add("--dry-run", action="store_true", help="print what would be run, and stop")
-    add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
-    parser.set_defaults(**defaults)
 
 
 def make_parser() -> Parser:
@@ -99,7 +43,7 @@ def make_parser() -> Parser:
     add("--data-name", help="name of the images in records and reports [the folder's own name]")
     add("--train-size", type=positive, help="train on this many images only")
     add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what the random crop sees outside an image")
-    add_shared_flags(parser, bs=64, lr=[0.25], epochs=200, wd=5e-4)
+    runner.add_shared_flags(parser, bs=64, lr=[0.25], epochs=200, wd=5e-4)
     return parser
 
 
@@ -109,22 +53,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.depth < 10 or (args.depth - 4) % 6:
         parser.error(f"argument --depth: should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {args.depth}")
-    check_shared_flags(parser, args)
+    runner.check_shared_flags(parser, args)
     names = {"cifar10": "CIFAR-10", "shapes": "shapes", "folder": args.data_dir.resolve().name}
     args.data_name = args.data_name or names[args.data]
     return args
-
-
-def check_shared_flags(parser: Parser, args: argparse.Namespace):
-    """What must hold between the flags of either script."""
-    method = METHODS[args.init]
-    if args.dropout is not None and not method.dropout:
-        parser.error(f"argument --dropout: --init {args.init} has no dropout")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        common.split_batch(args.bs, args.ghost if method.norm else None, ranks, args.micro, "cpu")
-    except UserError as error:
-        parser.error(str(error))
 
 
 def configurations(args: argparse.Namespace) -> dict:
@@ -132,27 +64,7 @@ def configurations(args: argparse.Namespace) -> dict:
     net = {"model": "wrn", "depth": args.depth, "width": args.width}
     defaults = {"ghost": 64, "dropout": 0.6, "wd": 5e-4, "momentum": 0.9, "l2_all": False, "scalar_lr": 1.0}
     defaults |= {"base_init": "lecun", "pad_mode": "zeros", "train_size": None}
-    return one_per_rate_and_seed(args, f"wrn{args.depth}-{args.width}", net, defaults)
-
-
-def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defaults: dict) -> dict:
-    """The runs of either script: their names begin with `prefix` and hold each flag that is not as in `defaults`.
-
-    Methods without batch norm have no ghost batches and those without dropout a probability of zero, by default.
-    """
-    method = METHODS[args.init]
-    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
-    defaults["dropout"] *= method.dropout
-    shared = net | {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
-    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
-    shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
-    slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
-    runs = {}
-    for lr in args.lr:
-        for seed in range(args.seeds) if args.seed is None else [args.seed]:
-            config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
-            runs[args.out / slug / f"{runner.run_name(prefix, config, defaults)}.json"] = config
-    return runs
+    return runner.one_per_rate_and_seed(args, f"wrn{args.depth}-{args.width}", net, defaults)
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -274,15 +186,8 @@ def load_folder(folder: Path, size: int = 32):
         data.append((np.stack(images), np.array([label[p.parent.name] for p in files], dtype=np.int64)))
     try:
         with runner.atomic_write(cache) as file:
-            (images, labels), (test_images, test_labels) = data
-            np.savez(
-                file,
-                key=key,
-                train_images=images,
-                train_labels=labels,
-                test_images=test_images,
-                test_labels=test_labels,
-            )
+            names = ("train_images", "train_labels", "test_images", "test_labels")
+            np.savez(file, key=key, **dict(zip(names, (*data[0], *data[1]), strict=True)))
     except OSError as error:
         print(f"decoded images are not kept: {cache}: {error.strerror}", file=sys.stderr)
     return tuple(data)
