@@ -710,10 +710,12 @@ def what_was_run(section):
     yield f"- device, precision, torch: {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}"
     yield f"- images with fingerprint {runs[0]['config']['fingerprint']}"
     for grid in section.grids:
-        seeds = {rate: {run["config"]["seed"] for run in grid.runs[rate]} for rate in sorted(grid.runs)}
+        seeds, lacking = {rate: {run["config"]["seed"] for run in grid.runs[rate]} for rate in sorted(grid.runs)}, {}
         for rate, present in seeds.items():
-            if missing := set().union(*seeds.values()) - present:
-                yield f"- {grid.name} lacks at {power(rate)} seed {', '.join(map(str, sorted(missing)))}"
+            lacking.setdefault(tuple(sorted(set().union(*seeds.values()) - present)), []).append(power(rate))
+        for missing, rates in lacking.items():
+            if missing:
+                yield f"- {grid.name} lacks at {', '.join(rates)} seed {', '.join(map(str, missing))}"
         if not grid.key[0]:
             yield f"- {grid.name} is in no figure or table"
 
