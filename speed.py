@@ -32,7 +32,7 @@ import resnet_imagenet
 import runner
 import wrn_cifar
 from common import UserError, WideResNet
-from wrn_cifar import Parser, number, positive
+from runner import Parser, number, positive
 
 WHOLE = "bn (whole batch)"
 METHODS = ["bn", WHOLE, "none", "zeroinit", "fixup"]
