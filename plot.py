@@ -461,7 +461,11 @@ def judge(section, claim):
     rows = list(zip(*lines, strict=True))
     results = [claim.test(each) for each in {"row": rows, "line": lines, "all": [rows]}[claim.each]]
     texts = [f"{NAME[method]} {', '.join(map(tell, line))}" for method, line in zip(claim.methods, lines, strict=True)]
-    numbers = f"{'depth' if claim.place in DEEP else 'B'} {', '.join(map(str, shared))}: {'; '.join(texts)}"
+    axis = "depth" if claim.place in DEEP else "B"
+    numbers = f"{axis} {', '.join(map(str, shared))}: {'; '.join(texts)}"
+    if claim.each == "row" and claim.shown == "value":
+        ties = [x for x, row in zip(shared, rows, strict=True) if abs(lead(*row)) <= max(best.std or 0 for best in row)]
+        numbers += f"; within one standard deviation at {axis} {', '.join(map(str, ties))}" * bool(ties)
     counts, paper = [best.runs for best in found], section.setup.seeds
     few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
     verdict = "holds" if all(results) else "does not hold"

@@ -384,6 +384,14 @@ def test_a_verdict_names_its_seeds(tmp_path, counts, words):
     assert numbers.endswith(f"; {words}")
 
 
+def test_a_verdict_names_differences_within_one_standard_deviation(tmp_path):
+    sizes, noise = (16, 64, 256), 0.002  # two runs 0.002 apart have a standard deviation of 0.00141
+    write_lines(tmp_path, {"bn": line([0.95] * 3, sizes=sizes)}, seeds=2, noise=noise)
+    write_lines(tmp_path, {"none": line([0.9487, 0.9513, 0.94], sizes=sizes)}, seeds=2, noise=noise)
+    found, numbers = verdict(tmp_path, "Fig. 1a", "better than No Normalization")
+    assert found == "does not hold" and "93.9 ± 0.1; within one standard deviation at B 16, 64; 2 seeds" in numbers
+
+
 def test_claim_needs_its_runs_and_a_rate_that_trains(tmp_path):
     write_grid(tmp_path, "bn", bs=16)
     write_grid(tmp_path, "bn", bs=64)
