@@ -570,6 +570,7 @@ class Run:
         self.burst = 1  # updates from one look at the host to the next; on a GPU they become one graph
         if device.type == "cuda":
             self.stream, self.copied = torch.cuda.Stream(device), torch.cuda.Event()
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # the net and the data are made there
             self.burst = max(1, min(32, 512 // self.share))
 
     def lay_out(self, low: torch.dtype | None):

@@ -541,7 +541,8 @@ def take_turns(jobs: dict, args):
         stop = any(jobs[path].stopped for path in training)
         if stop or due:
             for path in training if ranks()[0] == 0 else ():
-                write_checkpoint(path, jobs[path].state())
+                with on_stream(jobs[path]):  # after the updates that the device has yet to do
+                    write_checkpoint(path, jobs[path].state())
             saved = time.monotonic()
         if stop:
             progress.bar.close()

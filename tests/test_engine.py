@@ -137,6 +137,39 @@ def test_the_path_of_captured_bursts_equals_single_updates(init):
     assert all(map(torch.equal, plain.tensors, burst.tensors))
 
 
+def test_whatever_touches_a_runs_tensors_is_put_on_its_own_stream(tmp_path, monkeypatch):
+    """Also the copies for a checkpoint: taken from another stream, they would not wait for the updates under way."""
+    current, seen = [], set()
+
+    @contextlib.contextmanager
+    def on_stream(run):
+        current.append(run)
+        yield
+        current.pop()
+
+    def guard(name):
+        real = getattr(common.Run, name)
+
+        def called(run, *args):
+            assert current[-1:] == [run], name
+            seen.add(name)
+            return real(run, *args)
+
+        monkeypatch.setattr(common.Run, name, called)
+
+    def write_and_stop(path, state, real=runner.write_checkpoint):
+        real(path, state)
+        common.stop_asked.set()
+
+    for name in ("advance", "evaluate", "state", "load"):
+        guard(name)
+    flags = "--seeds 2 --concurrent 2 --checkpoint-every 0"
+    with pytest.raises(runner.Interrupted):
+        train_all(tmp_path, flags, on_stream=on_stream, write_checkpoint=write_and_stop)
+    assert len(train_all(tmp_path, flags, on_stream=on_stream)) == 2
+    assert seen == {"advance", "evaluate", "state", "load"}
+
+
 def without_seconds(history):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
 
