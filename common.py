@@ -461,9 +461,10 @@ def pick_device(name: str | None) -> torch.device:
 
     Raises UserError where the name is of no device here.
     """
-    default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    default = mine if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or default)
+        device = torch.device(mine if name == "cuda" else name or default)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=device)

@@ -203,3 +203,14 @@ def test_low_precision_keeps_masters_in_float32():
     assert not any(map(torch.equal, before, run.masters))
     logits = run.forward(torch.randn(2, 3, 8, 8))
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name, number", [("cuda", 3), ("cuda:1", 1)])
+def test_cuda_without_a_number_is_a_ranks_own_gpu(monkeypatch, name, number):
+    """torch.cuda.set_device itself refuses a device without a number."""
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert common.pick_device(name) == torch.device("cuda", number) and chosen == [number]
