@@ -100,8 +100,11 @@ coefficient, fraction, rate = number(float, 0), number(float, 0, 1), number(floa
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, once per machine: torchrun's ranks all have the same flags."""
+
     def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        self.exit(2, f"error: {message} (see --help)\n" if first else None)
 
 
 def add_shared_flags(parser: Parser, **defaults):

@@ -177,6 +177,14 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys):
     assert not records(tmp_path)
 
 
+def test_of_ranks_with_bad_flags_one_per_machine_says_so(capsys, monkeypatch):
+    for rank in "012":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            script("--depth", 17)
+        assert capsys.readouterr().err.count("error: ") == (rank == "0")
+
+
 def test_bad_data_ends_in_one_line(tmp_path, capsys, monkeypatch):
     def complaint(*argv):
         assert script("--out", tmp_path / "out", *argv, flags="--epochs 1 --depth 10 --width 1 --bs 4") == 2
