@@ -606,17 +606,24 @@ def draw_line(axes, layer, look, points):
 
 
 def draw(folder, name, caption, panels):
-    """Write panels with one legend below as PNG and SVG, always the same bytes; return the Markdown that shows them."""
+    """Write panels with one legend below as PNG and SVG, always the same bytes; return the Markdown that shows them.
+
+    Axes of the same name have the same range, so that panels can be compared.
+    """
     import matplotlib  # not above, because --edges has to start fast
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update({"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"})
-    columns, legend = min(4, len(panels)), {}
+    columns, legend, named = min(4, len(panels)), {}, {}
     lines, (width, height) = math.ceil(len(panels) / columns), {1: (5.5, 4), 2: (4.4, 3.6)}.get(columns, (3.2, 2.6))
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     figure.suptitle(caption, fontsize=9, color="#555555")
     for i, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, columns, i, title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        trained = any(point.y is not None for _, points in panel.lines for point in points)
+        like = {"sharex": named.get(panel.xlabel), "sharey": named.get(panel.ylabel) if trained else None}
+        axes = figure.add_subplot(lines, columns, i, title=panel.title, **like)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
+        named |= {panel.xlabel: axes} | ({panel.ylabel: axes} if trained else {})
         axes.margins(y=0.2)  # the crosses stand below the curves
         for layer, (look, points) in enumerate(panel.lines, 2):
             draw_line(axes, layer, look, points)
@@ -625,7 +632,7 @@ def draw(folder, name, caption, panels):
                 scale("log", base=base)
         if not panel.bases[0]:
             axes.xaxis.get_major_locator().set_params(integer=True)
-        if all(point.y is None for _, points in panel.lines for point in points):
+        if not trained:
             axes.set_yticks([])  # all diverged: there is no scale
         legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = sorted(legend, key=[*NAME.values(), *legend].index)

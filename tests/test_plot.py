@@ -787,6 +787,23 @@ def test_report_pictures(paper):
     assert not list(report.rglob(".*"))  # no temporary file is left
 
 
+def test_panels_can_be_compared(tmp_path, monkeypatch):
+    """Axes of one name have one range; where all runs of a panel diverged, it has no scale and disturbs no other."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kw: (figures.append(args[0]), save(*args, **kw)))
+    look, lost = plot.style("bn"), [plot.Point(2.0**-9)]
+    lines = {"accuracy": [lost, [plot.Point(1, 80.0)], [plot.Point(2, 20.0)]], "loss": [[plot.Point(1, 1.0)]]}
+    panels = [plot.Panel("", "rate", name, (2, 0), [(look, line)]) for name in lines for line in lines[name]]
+    plot.draw(tmp_path, "name", "caption", panels)
+    bare, high, low, loss = figures[0].axes
+    assert high.get_ylim() == low.get_ylim() and low.get_ylim()[0] < 20 and low.get_ylim()[1] > 80
+    assert loss.get_ylim()[1] < 2
+    assert not len(bare.get_yticks()) and len(high.get_yticks())
+    assert {axes.get_xlim() for axes in figures[0].axes} == {high.get_xlim()}
+
+
 def test_same_bytes_each_time(paper, tmp_path):
     shutil.copytree(paper / "shapes", tmp_path / "results" / "shapes")
     drawn = []
