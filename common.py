@@ -457,9 +457,10 @@ def rank_group(size: int):
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or a GPU if there is one (under torchrun, each rank its own); joins the ranks of torchrun.
+    """The named device, or a GPU if there is one; joins the ranks of torchrun.
 
-    Raises UserError where the name is of no device here.
+    A GPU without a number ("cuda", or None) is under torchrun each rank's own. Raises UserError where the
+    name is of no device here.
     """
     mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     default = mine if torch.cuda.is_available() else "cpu"
