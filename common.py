@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: if the first group of ranks were there before it, it would hold that to the end
 import torch.nn.functional as F
 from torch import nn
 
@@ -477,6 +478,16 @@ def pick_device(name: str | None) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def leave_ranks():
+    """Give up the groups of ranks and so end their threads, which could abort the interpreter as it ends.
+
+    See pytorch/pytorch#179291. Only where all ranks leave: after a fault of one, the others may be waiting for it.
+    """
+    rank_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stream_seed(seed: int, purpose: str, epoch: int = 0) -> int:

@@ -37,6 +37,7 @@ from common import (
     UserError,
     epoch_end,
     learning_rate,
+    leave_ranks,
     outcome,
     pick_device,
     pick_precision,
@@ -54,6 +55,7 @@ class Interrupted(Exception):
 
 def exit_code(main) -> int:
     """Call main() and turn what ends it into an exit code: 0 done, 1 failed, 2 bad usage or data, 75 interrupted."""
+    code = 0
     try:
         main()
     except UserError as error:
@@ -67,8 +69,9 @@ def exit_code(main) -> int:
         return 1
     except (KeyboardInterrupt, Interrupted):
         say("interrupted: the same command goes on from here")
-        return 75
-    return 0
+        code = 75
+    leave_ranks()
+    return code
 
 
 def say(text: str):
@@ -447,8 +450,6 @@ def train_missing(runs: dict, build, load_data, args, drops=10):
     with signals_ask_to_stop():
         while todo:
             limit = train_group(todo, limit, start, args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
@@ -549,6 +550,7 @@ def take_turns(jobs: dict, args):
             saved = time.monotonic()
         if stop:
             progress.bar.close()
+            agreed(None)  # torchrun ends the others soon after the first that leaves: not before all is saved
             raise Interrupted
     progress.bar.close()
 

@@ -544,6 +544,25 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_they_go_on(tmp_path):
     assert results(tmp_path / "out") == results(tmp_path / "straight") != {}
 
 
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_ranks_leave_no_thread_that_could_abort_their_end(tmp_path, interrupt):
+    """Gloo's threads may ask for the interpreter when it is no more (pytorch/pytorch#179291)."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\nimport runner, wrn_cifar\n"
+        "code = runner.exit_code(wrn_cifar.main)\n"
+        "names = [(task / 'comm').read_text().strip() for task in Path('/proc/self/task').iterdir()]\n"
+        "os.write(1, f'ends with {code}, {sum(\"gloo\" in name for name in names)} threads\\n'.encode())\n"
+        "sys.exit(code)\n"
+    )
+    epochs = "400" if interrupt else "2"  # ghost batches of 16 images lie on two ranks, which is a group of its own
+    process = torchrun(tmp_path / "out", "--init", "bn", "--ghost", "16", "--epochs", epochs, script=str(script))
+    if interrupt:
+        os.kill(ranks_of(process, tmp_path / "out")[0], signal.SIGTERM)
+    assert (process.wait(120) != 0) is interrupt
+    assert Path(f"{tmp_path}/out.log").read_text().count(f"ends with {75 * interrupt}, 0 threads\n") == 2
+
+
 @pytest.mark.slow
 def test_imagenet_on_two_ranks_goes_on_bit_by_bit_with_other_workers(tmp_path):
     """Stopped in the middle of an epoch, and taken up with another number of workers."""
