@@ -36,7 +36,10 @@ METHODS = {  # name, colour, marker and line: the legend of Figures 1 to 4 first
     "fixup": ("Fixup", "#59a14f", "p", (0, (5, 5))),
 }
 NAME = {method: look[0] for method, look in METHODS.items()}
-TWO, THREE = ("bn", "zeroinit"), ("bn", "none", "zeroinit")  # the methods of most claims, and of Figures 1 and 2
+TWO, THREE = (
+    ("bn", "zeroinit"),
+    ("bn", "none", "zeroinit"),
+)  # the methods of most claims, and of Figures 1 and 2
 WHOLE = ("bn (whole batch)", "none", "zeroinit")  # and of Figures 3 and 4
 
 FIGURES = {
@@ -52,7 +55,11 @@ TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rat
     (1, "scalar"): {16: "94.0 ± 0.1|–|0.181 ± 0.001"},
     (1, "biases+dropout"): {16: "93.6 ± 0.1|–|0.212 ± 0.001"},
     (1, "zeroinit"): {16: "94.4 ± 0.1|–|0.189 ± 0.001"},
-    (2, "bn"): {16: "93.5 ± 0.1|2^-1", 100: "94.7 ± 0.1|2^-1 (2^-2 – 2^0)", 1000: "94.6 ± 0.1|2^-2 (2^-3 – 2^0)"},
+    (2, "bn"): {
+        16: "93.5 ± 0.1|2^-1",
+        100: "94.7 ± 0.1|2^-1 (2^-2 – 2^0)",
+        1000: "94.6 ± 0.1|2^-2 (2^-3 – 2^0)",
+    },
     (2, "zeroinit"): {16: "93.3 ± 0.1|2^-2", 100: "94.2 ± 0.1|2^-2", 1000: "94.3 ± 0.2|2^-2 (2^-3 – 2^-1)"},
     (3, "zeroinit without L2"): {16: "91.0|2^-3", 100: "92.2 ± 0.1|2^-3", 1000: "92.5 ± 0.2|2^-3"},
     (3, "scalar"): {
@@ -70,11 +77,33 @@ TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rat
     (5, "zeroinit"): {256: "70.05 / 89.16", 1024: "68.40 / 87.82", 4096: "68.19 / 87.92"},
     (5, "zeroinit+bias"): {256: "75.23 / 92.37", 1024: "74.94 / 91.99", 4096: "70.82 / 89.60"},
 }
-NETWORK = {1: {"bs": 64, "width": 4, "depth": 16}, 2: {"bs": 64, "width": 2}, 3: {"bs": 64, "width": 2}}  # by table
+NETWORK = {
+    1: {"bs": 64, "width": 4, "depth": 16},
+    2: {"bs": 64, "width": 2},
+    3: {"bs": 64, "width": 2},
+}  # by table
 ALSO = {1: ("bn",), 2: ("none", "scalar")}  # rows beside the paper's, where they were run
-TOLD = {"model", "version", "data", "width", "epochs", "fingerprint", "init", "depth", "bs", "ghost", "dropout", "wd"}
+TOLD = {
+    "model",
+    "version",
+    "data",
+    "width",
+    "epochs",
+    "fingerprint",
+    "init",
+    "depth",
+    "bs",
+    "ghost",
+    "dropout",
+    "wd",
+}
 SATURATION = {"bn": 2**4, "none": 2**-3, "zeroinit": 2**1}  # the largest optimal learning rates of Figure 2a
-ENGINES = {"plain": ("o", ":"), "eager": ("s", "--"), "ours": ("^", "-"), "concurrent": ("D", "-.")}  # marker and line
+ENGINES = {
+    "plain": ("o", ":"),
+    "eager": ("s", "--"),
+    "ours": ("^", "-"),
+    "concurrent": ("D", "-."),
+}  # marker and line
 NOTE = """Each number is the mean of the best ceil(0.8 n) of n runs ± one standard deviation, at the learning rate with
 the best mean (on ImageNet, of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is
 the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars
@@ -84,9 +113,13 @@ paper's numbers are those of the paper's protocol."""
 Metric = namedtuple("Metric", "key name unit scale digits sign")  # the sign says whether more is better
 ACCURACY = Metric("test_accuracy", "test accuracy", " (%)", 100, 1, +1)
 TOP1 = Metric("test_accuracy", "top-1 accuracy", " (%)", 100, 2, +1)
-LOSS = Metric("train_objective", "training loss", "", 1, 3, -1)  # with the L2 part: the paper's 0.18 cannot be without
+LOSS = Metric(
+    "train_objective", "training loss", "", 1, 3, -1
+)  # with the L2 part: the paper's 0.18 cannot be without
 
-Setup = namedtuple("Setup", "network metrics tables seeds ghost dropout l2 protocol")  # how the paper trains a network
+Setup = namedtuple(
+    "Setup", "network metrics tables seeds ghost dropout l2 protocol"
+)  # how the paper trains a network
 OPTIONS = {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "pad_mode": "zeros", "train_size": None}
 CIFAR10 = {"data": "CIFAR-10", "epochs": 200} | OPTIONS
 IMAGENET = {"data": "ImageNet", "epochs": 90, "image_size": 224} | OPTIONS
@@ -108,7 +141,11 @@ def curve(record, metric):
     """The (epoch, number) of a run where the metric was measured; the training loss with its L2 part, as in `final`."""
     if metric is LOSS:
         return [(entry["epoch"], entry["train_loss"] + entry["l2"]) for entry in record["history"]]
-    return [(entry["epoch"], metric.scale * entry[metric.key]) for entry in record["history"] if metric.key in entry]
+    return [
+        (entry["epoch"], metric.scale * entry[metric.key])
+        for entry in record["history"]
+        if metric.key in entry
+    ]
 
 
 def check(**right):
@@ -124,17 +161,23 @@ def read_run(path, record):
     metrics = SETUPS[version].metrics
     check(
         model=config["model"] == ("resnet50" if version else "wrn"),
-        text=all(isinstance(text, str) for text in (config["data"], config["init"], record["data"]["fingerprint"])),
+        text=all(
+            isinstance(text, str) for text in (config["data"], config["init"], record["data"]["fingerprint"])
+        ),
         size=all(isinstance(size, int) and size > 0 for size in sizes),
         name=rate in path.stem and path.stem.endswith(seed),
         status=record["status"] in ("done", "diverged"),
-        final=not done or (0 <= final["test_accuracy"] <= 1 and all(math.isfinite(final[m.key]) for m in metrics)),
+        final=not done
+        or (0 <= final["test_accuracy"] <= 1 and all(math.isfinite(final[m.key]) for m in metrics)),
         top5=not done or 0 <= final.get("test_top5", 0) <= 1,
         history=all(math.isfinite(sum(point)) for metric in metrics for point in curve(record, metric)),
         environment=isinstance(record["environment"], dict),
     )
     grid = f"{path.parent.name}/{path.stem.removesuffix(seed).replace(rate, '_', 1)}"
-    return record | {"grid": grid, "config": OPTIONS | config | {"fingerprint": record["data"]["fingerprint"]}}
+    return record | {
+        "grid": grid,
+        "config": OPTIONS | config | {"fingerprint": record["data"]["fingerprint"]},
+    }
 
 
 def read_speed(path, record):
@@ -144,7 +187,8 @@ def read_speed(path, record):
         kind=record["kind"] == "speed",
         rows=rows
         and all(
-            min(row["bs"], row["runs"]) > 0 and row["method"] in METHODS and row["engine"] in ENGINES for row in rows
+            min(row["bs"], row["runs"]) > 0 and row["method"] in METHODS and row["engine"] in ENGINES
+            for row in rows
         ),
         speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
         cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
@@ -152,7 +196,11 @@ def read_speed(path, record):
     )
     precision = {"off": "float32"}
     fastest = {
-        (row["bs"], row["method"], f"{row['engine']}, {precision.get(row['precision'], row['precision'])}"): row
+        (
+            row["bs"],
+            row["method"],
+            f"{row['engine']}, {precision.get(row['precision'], row['precision'])}",
+        ): row
         for row in rows
     }
     return record | {
@@ -166,10 +214,14 @@ def read_speed(path, record):
 def read_records(folder):
     """The records of runs and those of speed.py in a results folder, and {file: what is wrong} for other JSON files."""
     runs, speeds, problems = {}, [], {}
-    for path in sorted(path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs")):
+    for path in sorted(
+        path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs")
+    ):
         name = f"{path.parent.name}/{path.name}"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda word: check(**{word: False}))
+            record = json.loads(
+                path.read_text(encoding="utf-8"), parse_constant=lambda word: check(**{word: False})
+            )
             if path.parent.name == "speed":
                 speeds.append(read_speed(path, record))
                 continue
@@ -211,7 +263,9 @@ class Grid:
 Optimum = namedtuple("Optimum", "method metric bs rate mean std runs tied edge value bracketed")
 
 
-Kept = namedtuple("Kept", "metric runs mean std")  # the best of the runs at a learning rate; no mean where one diverged
+Kept = namedtuple(
+    "Kept", "metric runs mean std"
+)  # the best of the runs at a learning rate; no mean where one diverged
 
 
 def how_many(n):
@@ -292,13 +346,18 @@ class Section:
         for (name, depth, bs), grid in self.at.items():
             if bs in sizes and (bs == self.bs if deep else depth == self.depth):
                 own |= name == "bn (whole batch)" or bs < 16
-                for method in {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}:
+                for method in (
+                    {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}
+                ):
                     lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
         return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
 
     def differences(self, **network):
         """What is not as in the paper."""
-        ours, paper = self.grids[0].config | {"depth": self.depth, "bs": self.bs}, self.setup.protocol | network
+        ours, paper = (
+            self.grids[0].config | {"depth": self.depth, "bs": self.bs},
+            self.setup.protocol | network,
+        )
         different = [key for key in paper if str(ours.get(key)).lower() != str(paper[key]).lower()]
         return [f"{key} {ours.get(key)} instead of {paper[key]}" for key in different]
 
@@ -314,8 +373,12 @@ def title(config):
     setup = SETUPS[config.get("version")]
     network = f"width {config['width']}" if "width" in config else setup.network
     usual = setup.protocol | {"base_init": "lecun"}
-    options = [f"{key} {config[key]}" for key in sorted(config.keys() - TOLD) if config[key] != usual.get(key)]
-    return ", ".join([config["data"], network, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *options])
+    options = [
+        f"{key} {config[key]}" for key in sorted(config.keys() - TOLD) if config[key] != usual.get(key)
+    ]
+    return ", ".join(
+        [config["data"], network, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *options]
+    )
 
 
 def make_sections(records):
@@ -364,12 +427,16 @@ def spread(optima):
 
 def flat_then_falls(line):
     first, second, last, best = line[0], line[1], line[-1], max(line, key=lambda best: best.mean)
-    return abs(first.mean - second.mean) <= first.std + second.std and best.mean - last.mean > best.std + last.std
+    return (
+        abs(first.mean - second.mean) <= first.std + second.std
+        and best.mean - last.mean > best.std + last.std
+    )
 
 
 def order_of_magnitude(rows):
     lines = [
-        [best for best in line if best.mean > max(b.mean for b in line) - 0.01] for line in zip(*rows, strict=True)
+        [best for best in line if best.mean > max(b.mean for b in line) - 0.01]
+        for line in zip(*rows, strict=True)
     ]
     bn, zeroinit = (line[-1].bs for line in lines)
     open_ended = bn == rows[-1][0].bs or zeroinit == rows[0][0].bs
@@ -439,7 +506,9 @@ CLAIMS = [
 ]
 # fmt: on
 DEEP = ("Table 2", "Table 3", "Section 4")  # these compare depths, the others batch sizes
-FASTER = "WRN-16-4 trains roughly 40% faster at B 64 without batch normalization (1.3 to 1.7 times the images/s)"
+FASTER = (
+    "WRN-16-4 trains roughly 40% faster at B 64 without batch normalization (1.3 to 1.7 times the images/s)"
+)
 
 
 def judge(section, claim):
@@ -460,11 +529,18 @@ def judge(section, claim):
         return None
     rows = list(zip(*lines, strict=True))
     results = [claim.test(each) for each in {"row": rows, "line": lines, "all": [rows]}[claim.each]]
-    texts = [f"{NAME[method]} {', '.join(map(tell, line))}" for method, line in zip(claim.methods, lines, strict=True)]
+    texts = [
+        f"{NAME[method]} {', '.join(map(tell, line))}"
+        for method, line in zip(claim.methods, lines, strict=True)
+    ]
     axis = "depth" if claim.place in DEEP else "B"
     numbers = f"{axis} {', '.join(map(str, shared))}: {'; '.join(texts)}"
     if claim.each == "row" and claim.shown == "value":
-        ties = [x for x, row in zip(shared, rows, strict=True) if abs(lead(*row)) <= max(best.std or 0 for best in row)]
+        ties = [
+            x
+            for x, row in zip(shared, rows, strict=True)
+            if abs(lead(*row)) <= max(best.std or 0 for best in row)
+        ]
         numbers += f"; within one standard deviation at {axis} {', '.join(map(str, ties))}" * bool(ties)
     counts, paper = [best.runs for best in found], section.setup.seeds
     few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
@@ -475,7 +551,11 @@ def judge(section, claim):
 def judge_speed(speed):
     """The same for the wall-clock claim of section 3, from a record of speed.py; this project's engine decides it."""
     found = {key[1:]: row["images_per_second"] for key, row in speed["fastest"].items() if key[0] == 64}
-    ratios = {key[1]: found[key] / found["bn", key[1]] for key in found if key[0] == "none" and ("bn", key[1]) in found}
+    ratios = {
+        key[1]: found[key] / found["bn", key[1]]
+        for key in found
+        if key[0] == "none" and ("bn", key[1]) in found
+    }
     if speed["model"] != "wrn16-4" or not ratios:
         return None
     ours = min(ratios, key=lambda engine: not engine.startswith("ours"))
@@ -497,7 +577,8 @@ def needs(claim):
 def judge_all(sections, speeds):
     """Markdown: a line for each claim and each section that decides it; then those that nothing decides."""
     asked = [
-        (claim, needs(claim), [(section.title, judge(section, claim)) for section in sections]) for claim in CLAIMS
+        (claim, needs(claim), [(section.title, judge(section, claim)) for section in sections])
+        for claim in CLAIMS
     ]
     timed = [(speed["title"], judge_speed(speed)) for speed in speeds]
     asked.append((("Section 3", FASTER), "a record of speed.py with both at B 64", timed))
@@ -511,14 +592,23 @@ def judge_all(sections, speeds):
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
-Panel = namedtuple("Panel", "title xlabel ylabel bases lines")  # the bases of logarithmic axes; lines of (look, points)
+Panel = namedtuple(
+    "Panel", "title xlabel ylabel bases lines"
+)  # the bases of logarithmic axes; lines of (look, points)
 Point = namedtuple("Point", "x y down up mark", defaults=(None, 0, 0, ""))  # without a y it diverged
 
 
 def style(method, **changes):
     name, colour, marker, line = METHODS[method]
     size = {"bn": 6.5, WHOLE[0]: 6.5, "none": 5.5}.get(method, 4.5)  # markers at the same place stay visible
-    look = {"label": name, "color": colour, "marker": marker, "linestyle": line, "markersize": size, "linewidth": 1.3}
+    look = {
+        "label": name,
+        "color": colour,
+        "marker": marker,
+        "linestyle": line,
+        "markersize": size,
+        "linewidth": 1.3,
+    }
     return look | changes
 
 
@@ -531,7 +621,9 @@ def mean_point(x, found, mark):
 
 def rate_point(bs, best, mark):
     """The optimal learning rate and its bracket."""
-    return Point(bs, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, mark) if best else Point(bs)
+    return (
+        Point(bs, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, mark) if best else Point(bs)
+    )
 
 
 def figure_panels(section, number):
@@ -543,7 +635,9 @@ def figure_panels(section, number):
             points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
             lines.append((style(method), points))
         label = "learning rate" if rates else metric.name + metric.unit
-        yield Panel(f"({letter}) {metric.name}", "batch size", f"optimal {label}", (2, 2 if rates else 0), lines)
+        yield Panel(
+            f"({letter}) {metric.name}", "batch size", f"optimal {label}", (2, 2 if rates else 0), lines
+        )
 
 
 def rate_lines(grid, metric):
@@ -560,7 +654,9 @@ def curve_lines(grid, metric):
     for run in (run for runs in grid.runs.values() for run in runs):
         diverged = run["status"] == "diverged"
         if diverged or (best and run["config"]["lr"] == best.rate):
-            points = [Point(*point) for point in curve(run, metric)] + [Point(len(run["history"]) + 1)] * diverged
+            points = [Point(*point) for point in curve(run, metric)] + [
+                Point(len(run["history"]) + 1)
+            ] * diverged
             yield style(grid.key[0], alpha=0.6, linewidth=0.8, markersize=2), points
 
 
@@ -570,7 +666,9 @@ MULTIPLES = ((rate_lines, "rates", "learning rate", 2), (curve_lines, "curves", 
 def small_multiples(section, lines, metric, label, base):
     """A panel for each depth and batch size, with the lines of each method."""
     for depth, bs in dict.fromkeys(key[1:] for key in section.at):
-        drawn = [line for key, grid in section.at.items() if key[1:] == (depth, bs) for line in lines(grid, metric)]
+        drawn = [
+            line for key, grid in section.at.items() if key[1:] == (depth, bs) for line in lines(grid, metric)
+        ]
         yield Panel(f"{depth} layers, batch size {bs}", label, metric.name + metric.unit, (base, None), drawn)
 
 
@@ -584,24 +682,43 @@ def speed_panel(speed):
     for (method, engine), points in lines.items():
         marker, line = ENGINES[engine.split(",")[0]]
         look = style(method, marker=marker, linestyle=line, markersize=4)
-        named |= {method: style(method, marker="", linestyle="-"), engine: look | {"label": engine, "color": "#555555"}}
+        named |= {
+            method: style(method, marker="", linestyle="-"),
+            engine: look | {"label": engine, "color": "#555555"},
+        }
         looks.append((look | {"label": None}, points))
-    return Panel("", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()])
+    return Panel(
+        "", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()]
+    )
 
 
 def draw_line(axes, layer, look, points):
     """A line with bars, hollow markers at edges, a ring around the best and crosses at the bottom for what diverged."""
-    xs, ys, bars = [p.x for p in points], [math.nan if p.y is None else p.y for p in points], [p[2:4] for p in points]
-    axes.errorbar(xs, ys, [*zip(*bars, strict=True)] if any(map(any, bars)) else None, capsize=3, zorder=layer, **look)
+    xs, ys, bars = (
+        [p.x for p in points],
+        [math.nan if p.y is None else p.y for p in points],
+        [p[2:4] for p in points],
+    )
+    axes.errorbar(
+        xs, ys, [*zip(*bars, strict=True)] if any(map(any, bars)) else None, capsize=3, zorder=layer, **look
+    )
     bare = look | {"label": None, "linestyle": "none", "zorder": layer + 0.5}
-    changes = {"edge": {"markerfacecolor": "white"}, "best": {"marker": "o", "markersize": 12, "fillstyle": "none"}}
+    changes = {
+        "edge": {"markerfacecolor": "white"},
+        "best": {"marker": "o", "markersize": 12, "fillstyle": "none"},
+    }
     for point in points:
         if point.mark:
             axes.plot(point.x, point.y, **bare | changes[point.mark])
     lost = [point.x for point in points if point.y is None]
     for marker in (look["marker"], "x") if lost else ():  # each method at a height of its own
         height = 0.02 + 0.011 * list(NAME.values()).index(look["label"])
-        cross = {"marker": marker, "markersize": 6, "fillstyle": "none", "transform": axes.get_xaxis_transform()}
+        cross = {
+            "marker": marker,
+            "markersize": 6,
+            "fillstyle": "none",
+            "transform": axes.get_xaxis_transform(),
+        }
         axes.plot(lost, [height] * len(lost), **bare | cross)
 
 
@@ -613,9 +730,14 @@ def draw(folder, name, caption, panels):
     import matplotlib  # not above, because --edges has to start fast
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams.update({"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"}
+    )
     columns, legend, named = min(4, len(panels)), {}, {}
-    lines, (width, height) = math.ceil(len(panels) / columns), {1: (5.5, 4), 2: (4.4, 3.6)}.get(columns, (3.2, 2.6))
+    lines, (width, height) = (
+        math.ceil(len(panels) / columns),
+        {1: (5.5, 4), 2: (4.4, 3.6)}.get(columns, (3.2, 2.6)),
+    )
     figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
     figure.suptitle(caption, fontsize=9, color="#555555")
     for i, panel in enumerate(panels, 1):
@@ -660,7 +782,9 @@ def whole_file(path):
 def markdown(header, rows):
     """A table, without the columns in which there is nothing."""
     shown = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
-    return "\n".join(f"| {' | '.join(str(row[i]) for i in shown)} |" for row in (header, ["---"] * len(header), *rows))
+    return "\n".join(
+        f"| {' | '.join(str(row[i]) for i in shown)} |" for row in (header, ["---"] * len(header), *rows)
+    )
 
 
 def table_keys(section, number):
@@ -715,13 +839,19 @@ def protocol(section, **network):
 def what_was_run(section):
     """Markdown: runs, machines and commits; seeds that some rates lack; grids that no figure or table shows."""
     runs = [run for grid in section.grids for records in grid.runs.values() for run in records]
-    machines = {", ".join(str(run["environment"].get(key)) for key in ("device", "precision", "torch")) for run in runs}
+    machines = {
+        ", ".join(str(run["environment"].get(key)) for key in ("device", "precision", "torch"))
+        for run in runs
+    }
     commits = {str(run["environment"].get("commit")) for run in runs}
     yield f"- {len(runs)} runs, {sum(run['status'] == 'diverged' for run in runs)} of them diverged"
     yield f"- device, precision, torch: {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}"
     yield f"- images with fingerprint {runs[0]['config']['fingerprint']}"
     for grid in section.grids:
-        seeds, lacking = {rate: {run["config"]["seed"] for run in grid.runs[rate]} for rate in sorted(grid.runs)}, {}
+        seeds, lacking = (
+            {rate: {run["config"]["seed"] for run in grid.runs[rate]} for rate in sorted(grid.runs)},
+            {},
+        )
         for rate, present in seeds.items():
             lacking.setdefault(tuple(sorted(set().union(*seeds.values()) - present)), []).append(power(rate))
         for missing, rates in lacking.items():
@@ -767,7 +897,11 @@ def speed_report(speed, home):
         cells, plain = [], None
         for row in (fastest.get((bs, method, engine)) for engine in engines):  # the plain loop comes first
             plain = row if row and row["engine"] == "plain" else plain
-            text = f"{row['images_per_second']:,.0f}" + f", {row['runs']} runs" * (row["runs"] > 1) if row else "–"
+            text = (
+                f"{row['images_per_second']:,.0f}" + f", {row['runs']} runs" * (row["runs"] > 1)
+                if row
+                else "–"
+            )
             if row and plain and row is not plain:
                 text += f" (× {row['images_per_second'] / plain['images_per_second']:.2f})"
             cells.append(text)
@@ -802,7 +936,9 @@ def report(folder, runs, speeds, problems, curves):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="folder with the records, RESULTS/DATASET/RUN.json")
-    parser.add_argument("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
+    parser.add_argument(
+        "--curves", action="store_true", help="also draw the learning curves at the optimal rates"
+    )
     parser.add_argument("--edges", action="store_true", help="print GRID<tab>RATE for each rate to try next")
     args = parser.parse_args()
     runs, speeds, problems = read_records(args.results)

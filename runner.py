@@ -1,65 +1,60 @@
-"""From flags to records: runs that are missing are made, many at once, and survive being killed at any moment.
+"""Makes the runs of a point that are missing, many at once, and lets them survive being killed at any moment.
 
-    wrn16-4_zeroinit_bs64_lr2^-2_ep200_s07.json    a run's record: configuration, history, result; the only truth
+    wrn16-4_zeroinit_bs64_lr2^-2_ep200_s07.json    a run's record (records.py); a run is done if it exists
     ....ckpt, ....ckpt.old                         the state of an unfinished run, and the one before it
-    ....lock                                       held by the process that is making the run
+    ....lock                                       held by the process that makes the run
+    ....pt                                         its trained net, with --save-weights
 
 Every file is complete or not there at all.
 """
 
-import argparse
 import contextlib
 import errno
-import fcntl
 import functools
-import hashlib
-import io
 import json
 import math
 import os
 import pickle
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import (
-    METHODS,
-    Run,
-    UserError,
-    epoch_end,
-    learning_rate,
-    leave_ranks,
-    outcome,
-    pick_device,
-    pick_precision,
-    ranks,
-    split_batch,
-    stop_asked,
-    stream_seed,
-    train,
-)
+import records
+from common import Run, epoch_end, rank_group, ranks, stop_asked, stream_seed, train
+from points import Point, find_device, print_plan, print_status, read_points, say, take_lock, watch
+from records import UserError, atomic_write, check_same, find_record
+
+# -------------------------------------------------------------------------------------------- exit codes
 
 
 class Interrupted(Exception):
-    """A signal asked for the end, and what was trained so far is saved: exit code 75."""
+    """A signal asked for the end, and what was trained so far is saved."""
+
+
+class Elsewhere(Exception):
+    """All runs that are missing are in the hands of other processes."""
 
 
 def exit_code(main) -> int:
-    """Call main() and turn what ends it into an exit code: 0 done, 1 failed, 2 bad usage or data, 75 interrupted."""
+    """Call main() and turn what ends it into an exit code.
+
+    0 done, 1 failed, 2 bad usage or data, 75 interrupted, 76 the rest is in other processes' hands.
+    """
     code = 0
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # all ranks of a machine have the same error
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -70,216 +65,84 @@ def exit_code(main) -> int:
     except (KeyboardInterrupt, Interrupted):
         say("interrupted: the same command goes on from here")
         code = 75
+    except Elsewhere as error:
+        say(str(error))
+        code = 76
     leave_ranks()
     return code
 
 
-def say(text: str):
-    """Print a line, on the first of torchrun's ranks only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+# ------------------------------------------------------------------------------------------------ device
 
 
-# -------------------------------------------------------------------------------------------------------------- flags
+def pick_device(name: str | None) -> torch.device:
+    """The device of `find_device`, set up for training; joins the ranks of torchrun."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
-def number(kind, low, high=math.inf):
-    """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
-
-    def parse(text: str):
-        base, _, exponent = text.partition("^")
-        value = kind(base) ** int(exponent or 1)
-        if not low <= value < high:
-            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+def device_name(device: torch.device) -> str:
+    """What a record calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-natural, positive = number(int, 0), number(int, 1)
-coefficient, fraction, rate = number(float, 0), number(float, 0, 1), number(float, 1e-12)
+def leave_ranks():
+    """Destroy the process groups and so end their threads, which could abort the interpreter as it ends.
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, once per machine: torchrun's ranks all have the same flags."""
-
-    def error(self, message):
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        self.exit(2, f"error: {message} (see --help)\n" if first else None)
-
-
-def add_shared_flags(parser: Parser, **defaults):
-    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
-    add = parser.add_argument_group("optimization").add_argument
-    add("--bs", "--batch-size", type=positive, help="images per update")
-    add("--lr", type=rate, nargs="+", help="learning rates, one run each: 0.25 or 2^-2")
-    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
-    add("--momentum", type=fraction, default=0.9, help="heavy ball")
-    add("--wd", type=coefficient, help="L2 coefficient")
-    add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
-    add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
-    group = parser.add_argument_group("runs")
-    seeds = group.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
-    seeds.add_argument("--seed", type=natural, help="run this seed only")
-    add = group.add_argument
-    add("--out", type=Path, default=Path("results"), help="folder of the records")
-    add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of the budget")
-    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
-    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
-    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
-    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
-    add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
-    add("--concurrent", type=natural, default=0, help="runs to train at once in this process; 0: chosen for speed")
-    add("--compile", action="store_true", help="let torch.compile make the kernels")
-    add("--eager", action="store_true", help="no CUDA graphs")
-    add("--dry-run", action="store_true", help="print what would be run, and stop")
-    add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
-    parser.set_defaults(**defaults)
-
-
-def check_shared_flags(parser: Parser, args: argparse.Namespace):
-    """What must hold between the flags of either script."""
-    method = METHODS[args.init]
-    if args.dropout is not None and not method.dropout:
-        parser.error(f"argument --dropout: --init {args.init} has no dropout")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    try:
-        split_batch(args.bs, args.ghost if method.norm else None, ranks, args.micro, "cpu")
-    except UserError as error:
-        parser.error(str(error))
-
-
-# -------------------------------------------------------------------------------------------------------------- names
-
-
-def power(value: float) -> str:
-    """A learning rate as the paper writes it: 2^-2 for 0.25; other numbers as they are."""
-    mantissa, exponent = math.frexp(value)
-    return f"2^{exponent - 1}" if mantissa == 0.5 else f"{value:g}"
-
-
-def run_name(model: str, config: dict, defaults: dict) -> str:
-    """A run's name, from everything that decides its result; options that have their default value are left out."""
-    name = f"{model}_{config['init']}_bs{config['bs']}_lr{power(config['lr'])}_ep{config['epochs']}"
-    for key, default in defaults.items():
-        value = config[key]
-        if value != default:
-            shown = "" if value is True else f"{value:g}" if isinstance(value, float) else value
-            name += f"_{key.replace('_', '')}{shown}"
-    return f"{name}_s{config['seed']:02d}"
-
-
-def one_per_rate_and_seed(args: argparse.Namespace, prefix: str, net: dict, defaults: dict) -> dict:
-    """The runs of either script: their names begin with `prefix` and hold each flag that is not as in `defaults`.
-
-    Methods without batch norm have no ghost batches and those without dropout a probability of zero, by default.
+    See pytorch/pytorch#179291. Only where all ranks leave: after a fault of one, the others may be waiting.
     """
-    method = METHODS[args.init]
-    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
-    defaults["dropout"] *= method.dropout
-    shared = net | {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
-    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
-    shared["dropout"] = defaults["dropout"] if args.dropout is None else args.dropout
-    slug = "-".join("".join(c if c.isalnum() else " " for c in args.data_name.lower()).split())
-    runs = {}
-    for lr in args.lr:
-        for seed in range(args.seeds) if args.seed is None else [args.seed]:
-            config = {"data": args.data_name, "lr": lr, "seed": seed} | shared
-            runs[args.out / slug / f"{run_name(prefix, config, defaults)}.json"] = config
-    return runs
+    rank_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agreed(value):
+    """The first rank's value, on every rank."""
+    box = [value]
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def load_on_all_ranks(script, args, device):
+    """The data, after all ranks have compared what they read.
+
+    Raises UserError on all ranks where one cannot read it, or has other images than the first.
+    """
+    data, error = None, None
+    try:
+        data = script.load_data(args, device)
+    except UserError as its_error:
+        error = str(its_error)
+    every = [(data and data.fingerprint, error)] * ranks()[1]
+    if len(every) > 1:
+        dist.all_gather_object(every, every[0])
+    for rank, (fingerprint, error) in enumerate(every):
+        if error:
+            raise UserError(f"rank {rank}: {error}" if len(every) > 1 else error)
+        if fingerprint != every[0][0]:
+            raise UserError(f"ranks 0 and {rank} read different images: give all ranks the same files")
+    return data
+
+
+# ----------------------------------------------------------------------------- checkpoints and weights
 
 
 @functools.cache
-def environment() -> dict:
-    """The commit of this code when the process began, with "-dirty" where it was changed, for a record."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
+def commit() -> str | None:
+    """The commit of this code as the process began, with "-dirty" where it was changed; None outside git."""
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None}
-
-
-# ------------------------------------------------------------------------------------------------------------ records
-
-
-def read_record(path: Path) -> dict | None:
-    """The valid record at `path`, or None where there is no file or something else."""
-    try:
-        record = json.loads(path.read_text(), parse_constant=lambda name: float(name + "?"))
-        valid = record["status"] in ("done", "diverged") and record["config"] and record["data"]["fingerprint"]
-        return record if valid and "history" in record and "final" in record else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-
-
-def is_done(path: Path, config: dict) -> bool:
-    """Whether the run's record exists. Raises UserError if the record of that name has another configuration."""
-    record = read_record(path)
-    if record:
-        check_same(path, record["config"], config)
-    return record is not None
-
-
-def check_same(path: Path, theirs: dict, ours: dict):
-    """Raise UserError with the first difference between two configurations."""
-    for key in sorted(ours.keys() | theirs.keys()):
-        if theirs.get(key) != ours.get(key):
-            raise UserError(f"{path} holds another run: its {key} is {theirs.get(key)}, not {ours.get(key)}")
-
-
-def print_status(lines, configurations):
-    """For each command line: done, diverged, running and all runs, the grid they belong to, and the line, tabs between.
-
-    `configurations(argv)` gives the runs of what follows the script's name in a line; a grid is the runs that differ
-    only in learning rate and seed. Diverged runs are among the done, and running ones are not.
-    """
-    for line in filter(None, map(str.strip, lines)):
-        words = shlex.split(line, comments=True)
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        runs = configurations(words[script + 1 :])
-        records = {path: read_record(path) for path, config in runs.items() if is_done(path, config)}
-        diverged = sum(record["status"] == "diverged" for record in records.values())
-        running = sum(is_running(path) for path in runs.keys() - records.keys())
-        path = next(iter(runs))
-        grid = f"{path.parent.name}/" + re.sub(r"_lr[^_]+|_s\d+$", "", path.stem)
-        print(len(records), diverged, running, len(runs), grid, line, sep="\t")
-
-
-def write_record(path: Path, record: dict):
-    """Write a record as strict JSON, completely or not at all; a foreign file of that name is set aside."""
-    text = json.dumps(record, allow_nan=False, indent=1)
-    if path.exists():
-        path.replace(path.with_suffix(".json.broken"))
-        print(f"{path} was not a valid record: kept as {path.name}.broken", file=sys.stderr)
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, previous: Path | None = None):
-    """A binary file that takes the name `path` only once it is complete and on the disk.
-
-    What had the name before becomes `previous`, where that is given.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)
-        raise
 
 
 def check_writable(folder: Path):
@@ -291,7 +154,20 @@ def check_writable(folder: Path):
         raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+def load_tensors(path: Path) -> dict:
+    """What torch.save wrote to a file, on the CPU. Raises ValueError for a damaged file, in one line.
+
+    torch.load itself accepts flipped bits; the checksums of its zip format find them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"the checksum of {bad} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -300,13 +176,10 @@ def checkpoint_files(path: Path) -> list[Path]:
 
 
 def write_checkpoint(path: Path, state: dict):
-    """Save the state of a record's run beside it, with a checksum (torch.load accepts flipped bits); keep the last."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
+    """Save the state of a record's run beside it; the last checkpoint is kept as well."""
     new, old = checkpoint_files(path)
     with atomic_write(new, old) as file:
-        file.write(hashlib.sha256(buffer.getbuffer()).digest())
-        file.write(buffer.getbuffer())
+        torch.save(state, file)
 
 
 def read_checkpoint(path: Path, config: dict) -> dict | None:
@@ -316,15 +189,12 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
     """
     for name in checkpoint_files(path):
         try:
-            content = name.read_bytes()
-            if hashlib.sha256(content[32:]).digest() != content[:32]:
-                raise ValueError("its checksum is wrong")
-            state = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+            state = load_tensors(name)
             theirs = state["config"]
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            say(f"{name} is not used: {str(error).splitlines()[0]}")
+        except (ValueError, KeyError, TypeError) as error:
+            say(f"{name} is not used: {error}")
             continue
         check_same(name, theirs, config)
         return state
@@ -337,131 +207,112 @@ def remove_checkpoint(path: Path):
         name.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- locks
+def save_weights(path: Path, run: Run):
+    """Leave a run's net beside its record, with what is needed to use it."""
+    about = {key: getattr(run.data, key) for key in ("classes", "mean", "std")}
+    with atomic_write(path.with_suffix(".pt")) as file:
+        torch.save({"config": run.config, **about, "state_dict": run.net.state_dict()}, file)
 
 
-def take_lock(path: Path, held: contextlib.ExitStack) -> bool:
-    """Make a run this process's own until `held` is closed; False where another process has it.
-
-    The kernel frees the lock when its process dies, however that happens.
-    """
-    name = path.with_suffix(".lock")
-    for _ in range(20):  # a look by is_running() holds it for a moment
-        file = open(name, "a")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:  # not one that was removed just now
-                os.register_at_fork(after_in_child=file.close)  # or the workers of a DataLoader would hold it too
-                held.enter_context(file)
-                held.callback(name.unlink, missing_ok=True)
-                for left in path.parent.glob(f".{path.stem}.*"):  # half a file, of a process that was killed
-                    left.unlink()
-                return True
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            time.sleep(0.01)
-        file.close()
-    return False
-
-
-def is_running(path: Path) -> bool:
-    """Whether some process is making the run now."""
-    try:
-        with open(path.with_suffix(".lock")) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-
-
-# ----------------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------------- training
 
 
 class Progress:
     """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
 
-    def __init__(self, title: str, images: int, done: int):
+    def __init__(self):
         self.said = -math.inf
         hidden = not sys.stderr.isatty() or ranks()[0] > 0
-        options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "disable": hidden}
-        self.bar = tqdm(total=images, initial=done, desc=title, **options)
+        look = "{desc}{bar} {rate_fmt}, {remaining} left"
+        options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "bar_format": look, "ncols": 80}
+        self.bar = tqdm(total=0, disable=hidden, **options)
 
-    def epoch(self, name: str, run: Run):
+    def add(self, run: Run):
+        """Count the images of a run that starts or goes on."""
+        steps = epoch_end(run.config["epochs"] - 1, run.data.train_images, run.bs)
+        self.bar.total += steps * run.bs
+        self.bar.update(run.updates * run.bs)
+
+    def epoch(self, title: str, run: Run, together: int):
         """Show the last entry of a run's history."""
         entry, epochs = run.history[-1], run.config["epochs"]
-        text = f"loss {entry['train_loss']:.3f}, train {entry['train_accuracy']:.1%}"
+        text = f"epoch {entry['epoch']}/{epochs}, loss {entry['train_loss']:.3f}"
         text += f", test {entry['test_accuracy']:.1%}" if "test_accuracy" in entry else ""
-        text += f", {entry['data_wait']:.0%} waiting for data" if run.feed else ""
         if not self.bar.disable:
-            self.bar.set_postfix_str(text)
+            many = f"{together} runs, " if together > 1 else ""
+            self.bar.set_description_str(f"{many}{text} ")
         elif entry["epoch"] == epochs or time.monotonic() - self.said > 10:
             self.said = time.monotonic()
-            say(f"{name}: epoch {entry['epoch']}/{epochs}, {text}")
+            wait = f", {entry['data_wait']:.0%} waiting for data" if "data_wait" in entry else ""
+            say(f"{title}: {text}{wait}")
 
 
-def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+@dataclass
+class Job:
+    """A run that this process is making."""
+
+    path: Path
+    title: str
+    run: Run
+    training: object  # the generator of `train`
+    lock: contextlib.ExitStack  # released when the run is over
 
 
-def agreed(value):
-    """The first rank's value, on every rank."""
-    box = [value]
-    if ranks()[1] > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
+def train_point(script, point: Point, args):
+    """Make every run that the point still asks for; the images are loaded only if there is one.
 
-
-def train_missing(runs: dict, build, load_data, args, drops=10):
-    """Make every run that has no record yet: `runs` maps the path of each record to its configuration.
-
-    `build(config)` makes a net, `load_data(device)` the data, which is loaded only if a run is missing; `args` are the
-    flags that the scripts share. Raises UserError where a record holds another configuration or other images than it
-    would be given now, and Interrupted after a signal.
+    Raises UserError where a record holds another configuration or other images than it would be
+    given now, Interrupted after a signal, and Elsewhere if other processes make what is left.
     """
     device = pick_device(args.device)
-    say(json.dumps(vars(args), default=str))
-    missing = agreed({path: config for path, config in runs.items() if not is_done(path, config)})
-    for path in runs.keys() - missing.keys():
-        remove_checkpoint(path)
-    say(f"{len(runs)} runs, {len(runs) - len(missing)} done")
-    environment()
-    if not missing:
-        return
-    for folder in {path.parent for path in missing}:
-        check_writable(folder)
-    data = load_data(device)
-    for path in runs.keys() - missing.keys():
-        known = read_record(path)["data"]["fingerprint"]
-        if known != data.fingerprint:
-            raise UserError(f"{path} is of other images ({known}, these are {data.fingerprint}): choose another --out")
-    precision, todo = pick_precision(args.amp, device), list(missing.items())
-
-    def start(config):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(config["seed"], "weights"))
-            net = build(config)
-        return Run(config, net, data, device, precision, args.micro, drops, args.compile)
-
-    limit = args.concurrent or side_by_side(device, todo[0][1]["bs"])
+    plan = agreed(point.plan())
+    for key in point.found:
+        remove_checkpoint(point.path(key))
+        say(f"{point.result(key)} ({point.path(key)})")
+    if point.found and args.save_weights:
+        say("--save-weights keeps nothing of runs that are done: train them again with another --out")
+    if not plan.missing:
+        return say_end(point, plan)
+    check_writable(point.folder)
+    say("loading the images ...")
+    data = load_on_all_ranks(script, args, device)
+    commit()
+    start = functools.partial(make_run, script, data=data, args=args)
+    limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
     with signals_ask_to_stop():
-        while todo:
-            limit = train_group(todo, limit, start, args)
+        train_side_by_side(point, limit, start, args, data)
+    plan = agreed(point.plan())
+    if plan.missing:
+        raise Elsewhere(f"{len(plan.missing)} runs are in the hands of other processes")
+    say_end(point, plan)
+
+
+def make_run(script, config: dict, data, args) -> Run:
+    """A run of a configuration, before its first update; its seed alone decides its initial weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(config["seed"], "weights"))
+        net = script.make_net(config, data.classes)
+    return Run(config, net, data, data.device, args.micro, script.halvings, args.compile)
+
+
+def say_end(point: Point, plan: records.Plan):
+    """Say that a point is finished."""
+    for note in plan.notes:
+        say(note)
+    say(f"all {len(plan.asked)} runs are done; `python plot.py {point.folder.parent}` makes the report")
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
-    """How many runs to train at once: small batches leave a GPU idle; on a CPU one after the other is as fast."""
+    """How many runs to train at once: small batches leave a GPU idle; on a CPU in turn is as fast."""
     return max(1, min(16, 1024 // bs)) if device.type == "cuda" and ranks()[1] == 1 else 1
 
 
 @contextlib.contextmanager
 def signals_ask_to_stop():
-    """Let SIGINT, SIGTERM and SIGUSR1 finish the updates under way and save, rather than end the process."""
+    """Let signals finish the updates under way and save, rather than end the process."""
     stop_asked.clear()
-    before = {n: signal.signal(n, lambda *_: stop_asked.set()) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+    before = {number: signal.signal(number, lambda *_: stop_asked.set()) for number in numbers}
     try:
         yield
     finally:
@@ -469,38 +320,96 @@ def signals_ask_to_stop():
             signal.signal(number, handler)
 
 
-def train_group(todo: list, limit: int, start, args) -> int:
-    """Train the first runs of `todo`, at most `limit`, side by side to their records, and take them off the list.
-
-    Returns how many runs fit into the device's memory.
-    """
-    with contextlib.ExitStack() as locks:
-        jobs = {}
-        while todo and len(jobs) < limit:
-            path, config = todo[0]
-            mine = ranks()[0] > 0 or (take_lock(path, locks) and not is_done(path, config))
-            if agreed(mine):
-                try:
-                    jobs[path] = prepare(path, start(config), args)
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if not jobs:
-                        raise UserError("one run does not fit into the device's memory: try --micro") from None
+def train_side_by_side(point: Point, limit: int, start, args, data):
+    """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
+    jobs, progress, saved, more = {}, Progress(), time.monotonic(), True
+    while True:
+        while more and len(jobs) < limit:
+            free = free_memory(data.device)
+            try:
+                key, job = start_next(point, jobs, start, args)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not jobs:
+                    raise UserError("one run does not fit into the device's memory: try --micro") from None
+                limit = len(jobs)
+                say(f"the device's memory holds {limit} runs at a time")
+                break
+            more = job is not None
+            if job:
+                jobs[key] = job
+                progress.add(job.run)
+                left = free_memory(data.device)
+                if left < 2 * (free - left):  # evaluation and other processes need some, too
                     limit = len(jobs)
-                    say(f"the device's memory holds {limit} runs at a time")
-                    break
-            else:
-                say(f"{path.stem} is left to another process")
-            todo.pop(0)
-        if jobs:
-            take_turns(jobs, args)
-    return limit
+        if not jobs:
+            break
+        due = time.monotonic() - saved > 60 * args.checkpoint_every
+        for key, job in list(jobs.items()):
+            epoch = job.run.epoch
+            with on_stream(job.run):
+                images = next(job.training, None)
+            progress.bar.update(images or 0)
+            if job.run.epoch > epoch:
+                progress.epoch(job.title, job.run, len(jobs))
+                due = due or not data.on_device  # epochs of large images are long
+            if images is None:
+                finish(point, key, job, args, len(jobs))
+                del jobs[key]
+                more = True
+        stop = any(job.run.stopped for job in jobs.values())
+        if stop or due:
+            save(jobs.values())
+            saved = time.monotonic()
+        if stop:
+            progress.bar.close()
+            agreed(None)  # torchrun ends the others soon after the first that leaves: all must be saved
+            raise Interrupted
+    progress.bar.close()
+
+
+def start_next(point: Point, jobs: dict, start, args):
+    """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
+    key, lock = None, contextlib.ExitStack()
+    while ranks()[0] == 0:
+        left = (key for key in point.plan().missing if key not in jobs)
+        taken = ((key, lock) for key in left if (lock := take_lock(point.path(key))))
+        key, lock = next(taken, (None, lock))
+        if key is None or not find_record(point.path(key)):
+            break
+        lock.close()  # another process has made the run since
+    key = agreed(key)
+    if key is None:
+        return None, None
+    with lock:
+        run, path = start(point.config(key)), point.path(key)
+        with on_stream(run):
+            state = None if args.fresh else read_checkpoint(path, run.identity())
+            if state:
+                run.load(state)
+                say(f"{point.title(key)} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
+            if run.stream and run.world == 1 and run.data.on_device and not args.eager:
+                run.capture()
+        every = args.eval_every or math.ceil(run.config["epochs"] / 20)
+        return key, Job(path, point.title(key), run, train(run, every), lock.pop_all())
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory that nothing uses; infinite on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is of that kind, or came while one was handled, as when it breaks the capture of a graph."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error.__context__))
+    """True if this error, or one it was raised while handling, is out-of-memory; graph capture hides it so.
+
+    The driver and cuDNN have errors of their own for it.
+    """
+    if error is None:
+        return False
+    texts = "out of memory", "unable to find an engine"
+    by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError) or by_text or is_out_of_memory(error.__context__)
 
 
 def on_stream(run: Run):
@@ -508,95 +417,95 @@ def on_stream(run: Run):
     return torch.cuda.stream(run.stream) if run.stream else contextlib.nullcontext()
 
 
-def prepare(path: Path, run: Run, args) -> Run:
-    """Bring a run to where its checkpoint left it, and make its bursts graphs where that can be."""
-    with on_stream(run):
-        state = None if args.fresh else read_checkpoint(path, run.state()["config"])
-        if state:
-            run.load(state)
-            say(f"{path.stem} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
-        if run.stream and run.world == 1 and run.data.on_device and not args.eager:
-            run.capture()
-    return run
+def save(jobs):
+    """Write the checkpoints of runs; all ranks call this together."""
+    for job in jobs:
+        with on_stream(job.run):  # after the updates that the device has yet to do
+            state = job.run.state()
+        if job.run.rank == 0:
+            write_checkpoint(job.path, state)
 
 
-def take_turns(jobs: dict, args):
-    """Train the runs, a burst each in turn, to their records; or after a signal, to their checkpoints."""
-    first = next(iter(jobs))
-    config, images = jobs[first].config, jobs[first].data.train_images
-    total = len(jobs) * epoch_end(config["epochs"] - 1, images, config["bs"]) * config["bs"]
-    title = first.stem + (f" and {len(jobs) - 1} more" if len(jobs) > 1 else "")
-    progress = Progress(title, total, sum(run.updates for run in jobs.values()) * config["bs"])
-    training = {path: train(run, args.eval_every or math.ceil(config["epochs"] / 20)) for path, run in jobs.items()}
-    saved = time.monotonic()
-    while training:
-        due = time.monotonic() - saved > 60 * args.checkpoint_every
-        for path, run in [(path, jobs[path]) for path in training]:
-            epoch = run.epoch
-            with on_stream(run):
-                images = next(training[path], None)
-            progress.bar.update(images or 0)
-            if run.epoch > epoch:
-                progress.epoch(path.stem, run)
-                due = due or not run.data.on_device  # epochs of large images are long
-            if images is None:
-                del training[path]
-                finish(path, run, args, len(jobs))
-        stop = any(jobs[path].stopped for path in training)
-        if stop or due:
-            for path in training if ranks()[0] == 0 else ():
-                with on_stream(jobs[path]):  # after the updates that the device has yet to do
-                    write_checkpoint(path, jobs[path].state())
-            saved = time.monotonic()
-        if stop:
-            progress.bar.close()
-            agreed(None)  # torchrun ends the others soon after the first that leaves: not before all is saved
-            raise Interrupted
-    progress.bar.close()
-
-
-def finish(path: Path, run: Run, args, concurrent: int):
-    """Write the record of a run that came to its end, and remove its checkpoint."""
-    if run.diverged:
-        say(f"{path.stem}: diverged at update {run.updates}")
-    keys = ("name", "fingerprint", "train_images", "test_images")
-    made_with = environment() | {
-        "torch": torch.__version__,
-        "device": device_name(run.device),
-        "threads": torch.get_num_threads(),
-        "precision": pick_precision(args.amp, run.device),
-        "ranks": run.world,
-        "concurrent": concurrent,
-    }
+def finish(point: Point, key, job: Job, args, concurrent: int):
+    """Write the record of a run that came to its end, remove its checkpoint and free its lock."""
+    run = job.run
+    if run.stream:
+        run.stream.synchronize()  # a burst after a divergence may still write into the run's memory
     if run.rank == 0:
         if args.save_weights and not run.diverged:
-            for parameter, master in zip(run.parameters, run.masters, strict=True):
-                parameter.data = master.data
-            with atomic_write(path.with_suffix(".pt")) as file:
-                torch.save({"config": run.config, "state_dict": run.net.state_dict()}, file)
-        about = {"data": {key: getattr(run.data, key) for key in keys}, "environment": made_with}
-        write_record(path, outcome(run) | about)
-        remove_checkpoint(path)
+            save_weights(job.path, run)
+        records.write_record(job.path, outcome(run, concurrent))
+        remove_checkpoint(job.path)
+        point.plan()
+        say(f"{point.result(key)} ({job.path})")
+    job.lock.close()
 
 
-def print_plan(runs: dict, build, images: int, args, drops=10):
-    """Print what `train_missing` would do on so many training images: the net, the updates, the schedule, the runs."""
-    config = next(iter(runs.values()))
-    bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
-    with torch.device("meta"):
-        net = build(config)
-    weights = sum(p.numel() for p in net.parameters())
-    budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
-    halvings = math.log2(config["lr"] / learning_rate(config["lr"], (steps - 1) * bs, budget, drops))
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    share, micro, reach = split_batch(bs, config["ghost"], world, args.micro, device)
-    ghosts = f", ghost batches of {config['ghost']}" if config["ghost"] else ""
-    say(f"{type(net).__name__} {config['init']}: {weights:,} trainable parameters")
-    say(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs")
-    say(f"learning rate constant for {-(-budget // (2 * bs)):,} updates, then halved {halvings:.0f} times")
-    say(
-        f"{world} ranks, each {share} images of a batch in passes of {micro}{ghosts}"
-        + f" over {reach} ranks" * (reach > 1)
-    )
-    for path, config in runs.items():
-        say(f"{'done   ' if is_done(path, config) else 'missing'} {path}")
+def outcome(run: Run, concurrent: int) -> dict:
+    """The record of a run; a diverged run has no final numbers."""
+    record = {"config": run.config, "status": "diverged" if run.diverged else "done", "history": run.history}
+    keys = ["test_accuracy", "train_loss", "train_objective"]
+    if run.diverged:
+        record |= {"final": dict.fromkeys(keys), "diverged_at_step": run.updates}
+    else:
+        last = run.history[-1]
+        last = last | {"train_objective": last["train_loss"] + last["l2"]}
+        record["final"] = {key: last[key] for key in (*keys, "test_top5") if key in last}
+        seconds = sum(entry["seconds"] for entry in run.history)
+        record["images_per_second"] = run.updates * run.bs / seconds
+    keys = ("name", "fingerprint", "classes", "train_images", "test_images")
+    made_with = {"commit": commit(), "torch": torch.__version__, "device": device_name(run.device)}
+    made_with |= {"threads": torch.get_num_threads(), "ranks": run.world, "concurrent": concurrent}
+    return record | {"data": {key: getattr(run.data, key) for key in keys}, "environment": made_with}
+
+
+def print_accuracy(script, point: Point, args):
+    """Print the test accuracy of saved weights or checkpoints. Raises UserError where there is neither."""
+    device = pick_device(args.device)
+    data = load_on_all_ranks(script, args, device)
+    for key in point.plan().asked:
+        path, config = point.path(key), point.config(key)
+        run = make_run(script, config, data, args)
+        weights = path.with_suffix(".pt")
+        try:
+            if weights.exists():
+                run.net.load_state_dict(load_tensors(weights)["state_dict"])
+            elif state := read_checkpoint(path, run.identity()):
+                run.load(state)
+            else:
+                raise UserError(f"--eval-only: there is neither {weights} nor {checkpoint_files(path)[0]}")
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{weights} does not fit: {' '.join(str(error).split())[:200]}") from None
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
+        say(f"{point.title(key)}: {shares}")
+
+
+# ---------------------------------------------------------------------------------------------- a script
+
+
+@dataclass(frozen=True)
+class Script:
+    """What makes wrn_cifar.py and resnet_imagenet.py differ."""
+
+    parse_args: object  # (list of words) -> flags
+    make_point: object  # (flags) -> Point
+    make_net: object  # (configuration, number of classes) -> net
+    load_data: object  # (flags, device) -> images
+    count_images: object  # (flags) -> (number of training images, of classes), without reading them
+    halvings: int  # of the learning rate
+
+    def main(self, argv=None):
+        """Do what the flags ask for."""
+        args = self.parse_args(argv)
+        if args.status or args.watch:
+            points = read_points(lambda words: self.make_point(self.parse_args(words)))
+            with signals_ask_to_stop():
+                return print_status(points) if args.status else watch(points)
+        if args.verbose:
+            say(json.dumps(vars(args), default=str))
+        point = self.make_point(args)
+        if args.dry_run:
+            return print_plan(self, point, args)
+        if args.eval_only:
+            return print_accuracy(self, point, args)
+        return train_point(self, point, args)

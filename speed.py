@@ -192,7 +192,10 @@ def pipeline(folder: Path, args) -> list[dict]:
             rows[:, 2] = resnet_imagenet.CENTRE
         mine = (len(parts[0]) for _ in itertools.count() for parts in data.feed([*rows.split(32)]))
         rates = medians({"ours": mine, "theirs": load(Pictures(files, part[1], *theirs), 32, workers)}, args)
-        print(f"{what}: {rates['ours']:,.0f} images/s, by torchvision's transforms {rates['theirs']:,.0f}", flush=True)
+        print(
+            f"{what}: {rates['ours']:,.0f} images/s, by torchvision's transforms {rates['theirs']:,.0f}",
+            flush=True,
+        )
         value = rates["ours"] / rates["theirs"]
         result.append({"what": f"decoding {what}", "value": value, "target": target, "met": value >= target})
     return result
@@ -216,7 +219,13 @@ CHECKS = [  # where, what, at least, and the two rows (method, batch size, engin
     ("cpu", "float32 against the plain loop, B 256", 1.3, ("bn", 256, "ours", "off"), ("bn", 256, "plain")),
     ("cpu", "bf16 against the plain loop, B 64", 4, (*BN, "bf16"), ("bn", 64, "plain")),
     ("cpu", "bf16 against the plain loop, B 256", 4.5, ("bn", 256, "ours", "bf16"), ("bn", 256, "plain")),
-    ("cpu", "ZeroInit against batch norm in bf16, B 64", 1.3, ("zeroinit", 64, "ours", "bf16"), (*BN, "bf16")),
+    (
+        "cpu",
+        "ZeroInit against batch norm in bf16, B 64",
+        1.3,
+        ("zeroinit", 64, "ours", "bf16"),
+        (*BN, "bf16"),
+    ),
     ("cpu", "ghost batches against the whole batch, B 256", 0.97, ("bn", 256, "ours"), (WHOLE, 256, "ours")),
     ("cuda", "captured against eager, B 1", 5, ("bn", 1, "ours"), ("bn", 1, "eager")),
     ("cuda", "captured against eager, B 16", 3, ("bn", 16, "ours"), ("bn", 16, "eager")),
@@ -228,11 +237,23 @@ CHECKS = [  # where, what, at least, and the two rows (method, batch size, engin
     ("cuda", "concurrent against the plain loop, B 4", 20, ("bn", 4, "concurrent"), ("bn", 4, "plain")),
     ("cuda", "against the plain loop, B 128", 8, ("bn", 128, "ours"), ("bn", 128, "plain")),
     ("cuda", "ghost batches against the whole batch, B 512", 0.9, ("bn", 512, "ours"), (WHOLE, 512, "ours")),
-    ("cuda", "ghost batches against the whole batch, B 2048", 0.9, ("bn", 2048, "ours"), (WHOLE, 2048, "ours")),
+    (
+        "cuda",
+        "ghost batches against the whole batch, B 2048",
+        0.9,
+        ("bn", 2048, "ours"),
+        (WHOLE, 2048, "ours"),
+    ),
     ("cuda", "images/s, B 512", 100_000, ("bn", 512, "ours"), None),
     ("cuda", "images/s, B 2048", 100_000, ("bn", 2048, "ours"), None),
     ("", "without batch norm against with it, B 64 (the paper: roughly 1.4)", 1.0, NONE, BN),
-    ("", "crop and flip against PIL, per core", 8, ("crop and flip", 64, "ours"), ("crop and flip", 64, "PIL")),
+    (
+        "",
+        "crop and flip against PIL, per core",
+        8,
+        ("crop and flip", 64, "ours"),
+        ("crop and flip", 64, "PIL"),
+    ),
     ("", "a step against its crop and flip, B 64", 50, ("crop and flip", 64, "ours"), NONE),
 ]
 
@@ -249,7 +270,9 @@ def checks(rows, device) -> list[dict]:
     for where, what, target, above, below in CHECKS:
         over, under = find(rows, *above), find(rows, *below) if below else 1.0
         if over and under and where in ("", device.type):
-            result.append({"what": what, "value": over / under, "target": target, "met": over / under >= target})
+            result.append(
+                {"what": what, "value": over / under, "target": target, "met": over / under >= target}
+            )
     return result
 
 
@@ -290,11 +313,15 @@ def cost(rows, args) -> list[dict]:
     """Runs and hours of each of sweep.sh's CIFAR-10 targets on this machine, from the measured images/s."""
     result, sweep = [], Path(__file__).with_name("sweep.sh")
     for target in ("fig1", "fig3", "table1", "table2", "table3"):
-        lines = subprocess.run(["bash", sweep, target, "--dry-run"], capture_output=True, text=True, check=True).stdout
+        lines = subprocess.run(
+            ["bash", sweep, target, "--dry-run"], capture_output=True, text=True, check=True
+        ).stdout
         runs, seconds = 0, 0.0
         for line in lines.splitlines():
             flags = wrn_cifar.parse_args(line.split()[2:])
-            like = "zeroinit" if common.METHODS[flags.init].scalar else "none"  # where the method was not measured
+            like = (
+                "zeroinit" if common.METHODS[flags.init].scalar else "none"
+            )  # where the method was not measured
             method = flags.init if flags.init in METHODS else like
             method = WHOLE if method == "bn" and flags.ghost == 0 and flags.bs > 64 else method
             relative = work(flags.depth, flags.width) / work(args.depth, args.width)
@@ -312,7 +339,9 @@ def measure(args, device, precision) -> dict:
     rows = []
     for bs in args.batches:
         entries = contenders(args, bs, data, pictures, device, precision)
-        for (method, engine, runs, p), rates in interleave(entries, args.rounds, args.seconds, device).items():
+        for (method, engine, runs, p), rates in interleave(
+            entries, args.rounds, args.seconds, device
+        ).items():
             middle = statistics.median(rates)
             row = {"method": method, "bs": bs, "engine": engine, "runs": runs, "precision": p}
             row |= {"images_per_second": middle, "low": min(rates), "high": max(rates)}
@@ -322,10 +351,17 @@ def measure(args, device, precision) -> dict:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     crops = augmentation(data, pictures, args)
-    extra = [{"method": "crop and flip", "bs": 64, "engine": k, "images_per_second": v} for k, v in crops.items()]
+    extra = [
+        {"method": "crop and flip", "bs": 64, "engine": k, "images_per_second": v} for k, v in crops.items()
+    ]
     decoding = pipeline(args.photos, args) if args.photos else []
     torch.set_num_threads(threads)
-    record = {"kind": "speed", "device": runner.device_name(device), "threads": threads, "torch": torch.__version__}
+    record = {
+        "kind": "speed",
+        "device": runner.device_name(device),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
     record |= runner.environment() | {
         "model": f"wrn{args.depth}-{args.width}",
         "data": "generated, 32x32",
@@ -334,7 +370,9 @@ def measure(args, device, precision) -> dict:
     record |= {"augmentation": crops, "checks": checks(rows + extra, device) + decoding}
     if device.type == "cuda":
         record["limit"] = {key: bandwidth(device) / traffic for key, traffic in TRAFFIC.items()}
-    return record | {"cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []}
+    return record | {
+        "cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []
+    }
 
 
 def line_of(row: dict, base: float | None) -> str:
@@ -349,7 +387,9 @@ def line_of(row: dict, base: float | None) -> str:
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--depth", type=positive, default=16, help="6n+4")
     add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
@@ -360,7 +400,12 @@ def make_parser() -> Parser:
     add("--images", type=positive, default=8192, help="generated training images")
     add("--photos", type=Path, help="folder of photographs, to measure the ImageNet input pipeline")
     add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the engine's passes")
+    add(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the engine's passes",
+    )
     add("--out", type=Path, default=Path("results"), help="the record goes to its folder speed/")
     return parser
 
@@ -369,7 +414,9 @@ def main():
     args = make_parser().parse_args()
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.amp, device)
-    args.batches = args.batches or ([1, 16, 64, 256] if device.type == "cpu" else [1, 4, 16, 64, 128, 512, 2048])
+    args.batches = args.batches or (
+        [1, 16, 64, 256] if device.type == "cpu" else [1, 4, 16, 64, 128, 512, 2048]
+    )
     runner.check_writable(args.out / "speed")
     print(json.dumps(vars(args), default=str))
     print("method            batch engine          prec.   images/s lowest to highest     ms/step  / plain")

@@ -1,0 +1,356 @@
+"""What one command line asks for: its flags, its runs, which of them are done, and which are being made.
+
+A point is one method, batch size and network, at some learning rates and seeds: a mark in a figure, a cell of
+a table. What its search needs next follows from the records that exist (records.py).
+"""
+
+import argparse
+import contextlib
+import fcntl
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import records
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, stop_asked
+from records import UserError, check_same, find_record, power, run_name, slug
+
+
+def say(text: str):
+    """Print a line, on the first of torchrun's ranks only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- flags
+
+
+def number(kind, low, high=math.inf):
+    """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
+
+    def parse(text: str):
+        base, _, exponent = text.partition("^")
+        try:
+            value = kind(base) ** int(exponent or 1)
+        except (OverflowError, ZeroDivisionError):
+            value = math.inf
+        if not low <= value < high:
+            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
+
+
+natural, positive = number(int, 0, 2**31), number(int, 1, 2**31)
+coefficient, fraction, rate = number(float, 0, 1e30), number(float, 0, 1), number(float, 1e-12, 1e30)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, once per machine: torchrun's ranks all have the same flags."""
+
+    def error(self, message):
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        self.exit(2, f"error: {message} (see --help)\n" if first else None)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the module's examples, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def add_shared_flags(parser: Parser, **defaults):
+    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
+    add = parser.add_argument_group("optimization").add_argument
+    add("--bs", "--batch-size", type=positive, help="images per update")
+    add("--lr", type=rate, nargs="+", help="learning rates: 0.25 or 2^-2 [what the paper leads to expect]")
+    add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
+    add("--momentum", type=fraction, default=0.9, help="heavy ball")
+    add("--wd", type=coefficient, help="L2 coefficient")
+    add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
+    add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
+    group = parser.add_argument_group("runs")
+    seeds = group.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
+    seeds.add_argument("--seed", type=natural, help="run this seed only")
+    add = group.add_argument
+    add(
+        "--search",
+        choices=("best", "all"),
+        help="find the optimal rate: all seeds around the best rate only, or at all rates; "
+        "either goes beyond --lr while an optimum is on its edge [exactly the rates of --lr]",
+    )
+    add("--out", type=Path, default=Path("results"), help="folder of the records")
+    add(
+        "--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of --epochs"
+    )
+    add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
+    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
+    add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
+    add("--eval-only", action="store_true", help="print the accuracy of saved weights or checkpoints")
+    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
+    add("--micro", type=natural, default=0, help="images per pass, to save memory; 0: chosen for speed")
+    add("--concurrent", type=natural, default=0, help="runs to train at once; 0: chosen for speed")
+    add("--compile", action="store_true", help="let torch.compile make the kernels")
+    add("--eager", action="store_true", help="no CUDA graphs")
+    add("--verbose", action="store_true", help="print all flags as JSON")
+    add("--dry-run", action="store_true", help="print what would be run, and stop")
+    add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
+    add("--watch", action="store_true", help="print a line for each run that such command lines finish")
+    parser.set_defaults(**defaults)
+
+
+def check_shared_flags(parser: Parser, args: argparse.Namespace):
+    """What must hold between the flags of either script."""
+    method = METHODS[args.init]
+    if args.dropout is not None and not method.dropout:
+        parser.error(f"argument --dropout: --init {args.init} has no dropout")
+    if args.alpha is not None and not method.scalar:
+        parser.error(f"argument --alpha: --init {args.init} has no scalar that starts at zero")
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
+        slug(args.data_name)
+        args.precision = pick_precision(args.amp, find_device(args.device))
+    except UserError as error:
+        parser.error(str(error))
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or a GPU if there is one; without a number ("cuda", or None) torchrun's rank's own.
+
+    Raises UserError where the name is of no device here.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else 16 streams of runs share 8 queues
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    default = own if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(own if name == "cuda" else name or default)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+# ----------------------------------------------------------------------------------------------- a point
+
+
+@dataclass
+class Point:
+    """The runs of one command line: they differ in learning rate and seed only."""
+
+    folder: Path  # of the records
+    prefix: str  # of their names: wrn16-4
+    shared: dict  # the configuration without learning rate and seed
+    defaults: dict  # the values of options that names leave out
+    rates: list
+    seeds: list
+    search: str | None
+    metrics: tuple  # what the search optimizes
+    found: dict = field(default_factory=dict)  # (rate, seed) -> record
+
+    def config(self, key) -> dict:
+        """Everything that decides the result of the run with a (rate, seed)."""
+        return self.shared | {"lr": key[0], "seed": key[1]}
+
+    def path(self, key) -> Path:
+        """The record of the run with a (rate, seed)."""
+        return self.folder / f"{run_name(self.prefix, self.config(key), self.defaults)}.json"
+
+    def title(self, key) -> str:
+        """A run's short name for a person."""
+        return f"{self.prefix} {self.shared['init']} B {self.shared['bs']} {power(key[0])} seed {key[1]}"
+
+    def plan(self) -> records.Plan:
+        """What the search asks for, given the records that exist; UserError for a record of another run."""
+        while True:
+            finals = {key: record["final"] for key, record in self.found.items()}
+            plan = records.plan(finals, self.rates, self.seeds, self.metrics, self.search)
+            new = {key: find_record(self.path(key)) for key in plan.missing}
+            new = {key: record for key, record in new.items() if record}
+            for key, record in new.items():
+                check_same(self.path(key), record["config"], self.config(key))
+            if not new:
+                return plan
+            self.found |= new
+
+    def result(self, key) -> str:
+        """A line for a run that is done."""
+        record = self.found[key]
+        if record["status"] == "diverged":
+            return f"{self.title(key)}: diverged at update {record['diverged_at_step']}"
+        final = record["final"]
+        return f"{self.title(key)}: test {final['test_accuracy']:.1%}, loss {final['train_objective']:.3f}"
+
+
+def make_point(
+    args, prefix: str, net: dict, defaults: dict, expected_rate: float, around: int, metrics
+) -> Point:
+    """The point of either script's flags; names leave out what is as in `defaults`.
+
+    Without --lr it has the expected rate, and with --search the powers of two `around` it as well. Methods
+    without batch norm have no ghost batches, those without dropout a probability of zero.
+    """
+    method = METHODS[args.init]
+    defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "lecun"}
+    defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
+    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
+    defaults["dropout"] *= method.dropout
+    shared = (
+        {"data": args.data_name} | net | {k: getattr(args, k) for k in ("init", "bs", "epochs", *defaults)}
+    )
+    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
+    for key in ("dropout", "alpha"):
+        shared[key] = defaults[key] if shared[key] is None else shared[key]
+    steps = range(-around, around + 1) if args.search else [0]
+    rates = args.lr or [expected_rate * 2.0**step for step in steps]
+    seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
+    folder = args.out / slug(args.data_name)
+    return Point(folder, prefix, shared, defaults, rates, seeds, args.search, metrics)
+
+
+def take_lock(path: Path) -> contextlib.ExitStack | None:
+    """Make a run this process's own until the returned stack is closed; None where another process has it.
+
+    The kernel frees the lock when its process dies, however that happens.
+    """
+    name, held = path.with_suffix(".lock"), contextlib.ExitStack()
+    for _ in range(20):  # is_running() holds a lock for a moment
+        file = open(name, "a")  # noqa: SIM115
+        try:
+            flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:  # not one that was removed just now
+                os.register_at_fork(after_in_child=file.close)  # else DataLoader workers would hold it too
+                held.enter_context(file)
+                held.callback(name.unlink, missing_ok=True)
+                for left in path.parent.glob(f".{path.stem}.*"):  # half a file, of a process that was killed
+                    left.unlink()
+                return held
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            time.sleep(0.01)
+        file.close()
+    return None
+
+
+def flock(file, kind: int):
+    """Lock an open file, or raise BlockingIOError. Raises UserError on a file system without locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        problem = f"this file system has no locks ({error.strerror}): choose --out on another"
+        raise UserError(f"{file.name}: {problem}") from None
+
+
+def is_running(path: Path) -> bool:
+    """True if some process is making the run now."""
+    try:
+        with open(path.with_suffix(".lock")) as file:
+            flock(file, fcntl.LOCK_SH)
+        return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
+# ---------------------------------------------------------------------------------------- plan and status
+
+
+def print_plan(script, point: Point, args):
+    """Print what `train_point` would do: the net, the updates, the division of a batch, the runs."""
+    images, classes = script.count_images(args)
+    plan, key = point.plan(), (point.rates[0], point.seeds[0])
+    config = point.config(key)
+    bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
+    if bs > images:
+        raise UserError(f"--bs {bs} is more than the {images} training images")
+    with torch.device("meta"):
+        net = script.make_net(config, classes)
+    weights = sum(p.numel() for p in net.parameters())
+    budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
+    last = learning_rate(config["lr"], (steps - 1) * bs, budget, script.halvings)
+    division = divide_batch(bs, config["ghost"], world, args.micro, find_device(args.device).type)
+    say(f"{point.prefix} {config['init']}: {weights:,} trainable parameters, {classes} classes")
+    say(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs, {config['precision']}")
+    constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)
+    say(f"learning rate constant for {constant:,} updates, then halved {halved:.0f} times")
+    text = f"{world} ranks, each {division.per_rank} images of a batch in passes of {division.micro}"
+    text += f", ghost batches of {division.ghost}" if division.ghost else ""
+    say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
+    rates = ", ".join(power(rate) for rate in sorted(point.rates))
+    say(f"learning rates {rates}; {len(point.seeds)} seeds; at most {plan.at_most} runs")
+    for key in plan.asked:
+        say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
+
+
+def read_points(point_of):
+    """The points of command lines on stdin, with the lines: [(line, point)]. `point_of(argv)` parses one."""
+    points = []
+    for line in filter(None, map(str.strip, sys.stdin)):
+        words = shlex.split(line, comments=True)
+        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+        if script is None:
+            raise UserError(f"no command line of this project: {line}")
+        points.append((line, point_of(words[script + 1 :])))
+    return points
+
+
+def print_status(points, failed_lines=frozenset()):
+    """Print a line per target: points finished, runs done, diverged, running and at most.
+
+    A line's target is its comment: `python wrn_cifar.py ... # table1`.
+    """
+    targets = {}
+    for line, point in points:
+        targets.setdefault(line.partition(" # ")[2], {})[point.path((0.0, 0))] = line, point
+    for target, its_points in targets.items():
+        done, diverged, running, finished, failed, most = 0, 0, 0, 0, 0, 0
+        for line, point in its_points.values():
+            plan = point.plan()
+            done += len(point.found)
+            diverged += sum(record["status"] == "diverged" for record in point.found.values())
+            running += sum(is_running(point.path(key)) for key in plan.missing)
+            finished += not plan.missing
+            failed += line.partition(" # ")[0] in failed_lines
+            most += plan.at_most
+        points = f"{finished}/{len(its_points)}"
+        print(f"{target:8} {points:>9} {done:6} {diverged:8} {running:7} {failed:6} {most:7}")
+
+
+def watch(points, interval: float = 1.0):
+    """Print a line for each run that is finished from now on, until `stop_asked`."""
+    points = list({point.path((1.0, 0)): point for _, point in points}.values())
+    most, seen = sum(point.plan().at_most for point in points), {id(p): set(p.found) for p in points}
+    done = before = sum(len(point.found) for point in points)
+    say(f"{len(points)} points, at most {most} runs, {done} of them done")
+    began, last = time.monotonic(), False
+    while not last:
+        last = stop_asked.wait(interval)  # before a last look
+        most = sum(point.plan().at_most for point in points)
+        for point in points:
+            for key in sorted(point.found.keys() - seen[id(point)]):
+                seen[id(point)].add(key)
+                done += 1
+                minutes = (time.monotonic() - began) / (done - before) * (most - done) / 60
+                say(f"[{done}/{most} runs, about {minutes:.0f} min] {point.result(key)}")
