@@ -31,19 +31,23 @@ def say(text: str):
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high):
     """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
 
     def parse(text: str):
-        base, _, exponent = text.partition("^")
+        base, is_power, exponent = text.partition("^")
         try:
-            value = kind(base) ** int(exponent or 1)
+            value = kind(base)
+            if is_power and value >= 0:
+                value = float(value) ** int(exponent)
         except (OverflowError, ZeroDivisionError):
             value = math.inf
-        if not low <= value < high:
-            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
-        return value
+        if not low <= value < high or value != kind(value):
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"should be a {what} of at least {low} and below {high}, not {text}"
+            )
+        return kind(value)
 
     parse.__name__ = kind.__name__
     return parse
@@ -125,10 +129,13 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
     try:
         world = int(os.environ.get("WORLD_SIZE", 1))
         divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
-        slug(args.data_name)
         args.precision = pick_precision(args.amp, find_device(args.device))
     except UserError as error:
         parser.error(str(error))
+    try:
+        slug(args.data_name)
+    except UserError as error:
+        parser.error(f"argument --data-name: {error}")
 
 
 def find_device(name: str | None) -> torch.device:
@@ -233,6 +240,8 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
     """
     name, held = path.with_suffix(".lock"), contextlib.ExitStack()
     for _ in range(20):  # is_running() holds a lock for a moment
+        path.parent.mkdir(parents=True, exist_ok=True)  # a command that failed may have removed it
+        is_new = not name.exists()
         file = open(name, "a")  # noqa: SIM115
         try:
             flock(file, fcntl.LOCK_EX)
@@ -247,6 +256,10 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
             pass
         except BlockingIOError:
             time.sleep(0.01)
+        except UserError:
+            if is_new:
+                name.unlink(missing_ok=True)
+            raise
         file.close()
     return None
 

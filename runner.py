@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -145,13 +144,25 @@ def commit() -> str | None:
         return None
 
 
-def check_writable(folder: Path):
-    """Make the folder if need be. Raises UserError if no file can be written in it."""
+@contextlib.contextmanager
+def output_folder(folder: Path):
+    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
+
+    Raises UserError if no file can be written in it.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def load_tensors(path: Path) -> dict:
@@ -166,8 +177,8 @@ def load_tensors(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    except Exception as error:  # a damaged file can be wrong in any way
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -273,18 +284,34 @@ def train_point(script, point: Point, args):
         say("--save-weights keeps nothing of runs that are done: train them again with another --out")
     if not plan.missing:
         return say_end(point, plan)
-    check_writable(point.folder)
-    say("loading the images ...")
-    data = load_on_all_ranks(script, args, device)
-    commit()
-    start = functools.partial(make_run, script, data=data, args=args)
-    limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
-    with signals_ask_to_stop():
-        train_side_by_side(point, limit, start, args, data)
+    with output_folder(point.folder):
+        say("loading the images ...")
+        with signals_ask_to_stop(at_once=True):
+            data = load_on_all_ranks(script, args, device)
+        check_images(point, data)
+        commit()
+        start = functools.partial(make_run, script, data=data, args=args)
+        limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
+        jobs = {}
+        try:
+            with signals_ask_to_stop():
+                train_side_by_side(point, jobs, limit, start, args, data)
+        finally:
+            for job in jobs.values():
+                job.lock.close()
     plan = agreed(point.plan())
     if plan.missing:
         raise Elsewhere(f"{len(plan.missing)} runs are in the hands of other processes")
     say_end(point, plan)
+
+
+def check_images(point: Point, data):
+    """Raise UserError if a record of the point was made with other images."""
+    for key, record in point.found.items():
+        if record["data"]["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"{point.path(key)} was made with other images of that name: choose another --out"
+            )
 
 
 def make_run(script, config: dict, data, args) -> Run:
@@ -308,11 +335,20 @@ def side_by_side(device: torch.device, bs: int) -> int:
 
 
 @contextlib.contextmanager
-def signals_ask_to_stop():
-    """Let signals finish the updates under way and save, rather than end the process."""
+def signals_ask_to_stop(at_once: bool = False):
+    """Let signals finish the updates under way and save, rather than end the process.
+
+    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
+    """
+
+    def stop(*_):
+        stop_asked.set()
+        if at_once:
+            raise KeyboardInterrupt
+
     stop_asked.clear()
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
-    before = {number: signal.signal(number, lambda *_: stop_asked.set()) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -320,9 +356,12 @@ def signals_ask_to_stop():
             signal.signal(number, handler)
 
 
-def train_side_by_side(point: Point, limit: int, start, args, data):
-    """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
-    jobs, progress, saved, more = {}, Progress(), time.monotonic(), True
+def train_side_by_side(point: Point, jobs: dict, limit: int, start, args, data):
+    """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends.
+
+    `jobs` are those under way, by (rate, seed).
+    """
+    progress, saved, more = Progress(), time.monotonic(), True
     while True:
         while more and len(jobs) < limit:
             free = free_memory(data.device)
