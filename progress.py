@@ -1,7 +1,7 @@
 """What the command lines of a sweep have come to: counts for each target, and a line for each run that ends.
 
-sweep.sh writes its command lines here, each with its target as a comment, and a log for each line that it ran:
-the line, then for each time its output and `exit CODE`.
+sweep.sh writes its command lines here, each with its target as a comment. Its logs hold a command line, then
+the output and `exit CODE`, again for each time that the line ran.
 """
 
 import importlib
@@ -55,7 +55,7 @@ class Failure:
 
 
 def failures(folder: Path, since: float = 0.0) -> dict[str, Failure]:
-    """The command lines that failed when they last ended, by the logs in RESULTS/logs; `since` a time only."""
+    """The lines that failed when they last ended, by the logs in RESULTS/logs that changed since a time."""
     last = {}
     times = {log: log.stat().st_mtime for log in (folder / "logs").glob("*.log")}
     for log in sorted(filter(lambda log: times[log] >= since, times), key=times.get):
@@ -110,7 +110,7 @@ class Task:
 
 
 def read_tasks(lines: list[str], known: dict) -> list[Task]:
-    """The tasks of command lines; `known` collects them by what decides their runs, and equal ones are one."""
+    """The tasks of command lines; `known` collects them by what decides their runs: equal ones are one."""
     tasks = {}
     for line in dict.fromkeys(lines):
         point = point_of(line)
@@ -121,13 +121,12 @@ def read_tasks(lines: list[str], known: dict) -> list[Task]:
 
 
 def print_status(targets: dict[str, list[str]]) -> int:
-    """Print counts for each target, then the command lines that failed; exit code 2 if no line has right flags.
+    """Print counts for each target, then the command lines that failed.
 
-    Each run counts once for a target, even if several of its lines ask for it.
+    Each run counts once for a target, even if several of its lines ask for it. Returns an exit code: 2 if no
+    target takes these flags.
     """
-    say(
-        f"{'target':8}{'points':>9}{'failed':>8} {'runs done':>10}{'diverged':>10}{'running':>9}{'at most':>9}"
-    )
+    say("target     points  failed  runs done  diverged  running  at most")
     known, failed, shown = {}, {}, {}
     for target, lines in targets.items():
         try:
@@ -152,17 +151,17 @@ def print_status(targets: dict[str, list[str]]) -> int:
 # ----------------------------------------------------------------------------------------------- a sweep
 
 
-def watch(lines: list[str], workers: list[int]) -> int:
+def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     """Print a line for each run that ends from now on, until all are done or the `workers` (processes) ended.
 
     Returns an exit code: 0 all runs are done, 1 a line failed, 2 all that failed were bad usage or data,
     75 some runs are missing.
     """
-    tasks = read_tasks(lines, {})
+    tasks = read_tasks([line for lines in targets.values() for line in lines], {})
     folder = tasks[0].point.folder
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.at_most for task in tasks), time.monotonic(), time.time()
-    say(f"{len(tasks)} points, at most {most} runs, {done} of them done; {len(workers)} workers")
+    say(f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; {len(workers)} workers")
     alive = True
     while alive and any(task.plan.missing for task in tasks):
         time.sleep(INTERVAL)
@@ -194,7 +193,7 @@ def is_alive(process: int) -> bool:
 
 
 def new_runs(tasks: list[Task], folder: Path) -> list:
-    """The runs that ended since the last look, [(task, (rate, seed))], in the order of their records' times."""
+    """The runs that ended since the last look, [(task, (rate, seed))], in the order in which they ended."""
     names = {path.name for path in folder.glob("*.json")}
     new = [(task, key) for task in tasks if task.waiting & names for key in task.look()]
     return sorted(new, key=lambda run: run[0].point.path(run[1]).stat().st_mtime)
@@ -206,9 +205,9 @@ def seconds(record: dict) -> float:
 
 
 def time_left(tasks: list[Task], speed: float) -> str:
-    """About how long a sweep still takes at a speed, in seconds of runs per second, if its searches ask for the most.
+    """How long a sweep still takes, if its searches ask for the most; `speed` is in run-seconds per second.
 
-    The runs of a point are taken to be as long as those that are done, or as those of the other points.
+    The runs of a point are taken to be as long as those that are done, or as those of other points.
     """
     means = {}
     for task in tasks:
@@ -220,7 +219,7 @@ def time_left(tasks: list[Task], speed: float) -> str:
         (task.plan.at_most - len(task.point.found)) * (usual if mean is None else mean)
         for task, mean in means.items()
     )
-    if not speed:
+    if not rest or not speed:
         return ""
     minutes = math.ceil(rest / speed / 60)
     return f", about {minutes} min" if minutes < 100 else f", about {minutes / 60:.0f} h"

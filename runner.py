@@ -500,7 +500,7 @@ class Script:
         if args.status:
             return progress.print_status(progress.read_lines())
         if args.watch is not None:
-            return progress.watch(sum(progress.read_lines().values(), []), args.watch)
+            return progress.watch(progress.read_lines(), args.watch)
         if args.verbose:
             say(json.dumps(vars(args), default=str))
         point = self.make_point(args)
