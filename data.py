@@ -29,11 +29,6 @@ from tqdm import tqdm
 from common import stop_asked, stream_seed
 from records import UserError, atomic_write
 
-try:  # the same pixels as PIL's, in less time; torchvision plans to remove its decoder
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
-
 SHAPES, SHAPES_TEST = 4096, 1000  # images of the generated data
 CIFAR = {"cifar10": ("CIFAR-10", 10), "cifar100": ("CIFAR-100", 100)}
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -261,6 +256,19 @@ def count_images(data: str, folder: Path, parts: tuple[str, str] = ("train", "te
     return (SHAPES, 10) if data == "shapes" else (50_000, CIFAR[data][1])
 
 
+@functools.cache
+def jpeg_decoder():
+    """torchvision's decoder, or None without one: the same pixels as PIL's in less time.
+
+    torchvision plans to remove it. Its import takes three seconds, which only images in files are worth.
+    """
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+    except ImportError:
+        return None
+    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
 def decode(path) -> torch.Tensor:
     """An image file as RGB, uint8 (H, W, 3), 16-bit grey scaled to 8 bits; its rotation tag is ignored.
 
@@ -269,9 +277,9 @@ def decode(path) -> torch.Tensor:
     path = os.fsdecode(path)
     try:
         data = np.fromfile(path, np.uint8)
-        if decode_jpeg and data[:3].tobytes() == b"\xff\xd8\xff":
+        if data[:3].tobytes() == b"\xff\xd8\xff" and (decode_jpeg := jpeg_decoder()):
             with contextlib.suppress(RuntimeError):  # PIL says what is wrong, or can read it
-                return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB).permute(1, 2, 0)
+                return decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's are about metadata and large images
             with Image.open(path) as image:
@@ -403,6 +411,7 @@ class ImageNet:
                 return loader, iter(loader)
         options = {"sampler": tasks, "generator": torch.Generator()}
         if self.workers:
+            jpeg_decoder()  # imported once, before the workers are forked
             options |= {"num_workers": self.workers, "persistent_workers": True, "timeout": POLL}
             # Outside the script's process group, a signal to all of it does not reach them.
             options |= {"multiprocessing_context": "fork", "worker_init_fn": lambda _: os.setsid()}
