@@ -9,8 +9,6 @@ import contextlib
 import fcntl
 import math
 import os
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 
 import records
-from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, stop_asked
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision
 from records import UserError, check_same, find_record, power, run_name, slug
 
 
@@ -115,7 +113,9 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--verbose", action="store_true", help="print all flags as JSON")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
-    add("--watch", action="store_true", help="print a line for each run that such command lines finish")
+    add(
+        "--watch", type=int, nargs="*", metavar="PID", help="print a line for each run that such lines finish"
+    )
     parser.set_defaults(**defaults)
 
 
@@ -315,55 +315,3 @@ def print_plan(script, point: Point, args):
     say(f"learning rates {rates}; {len(point.seeds)} seeds; at most {plan.at_most} runs")
     for key in plan.asked:
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
-
-
-def read_points(point_of):
-    """The points of command lines on stdin, with the lines: [(line, point)]. `point_of(argv)` parses one."""
-    points = []
-    for line in filter(None, map(str.strip, sys.stdin)):
-        words = shlex.split(line, comments=True)
-        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-        if script is None:
-            raise UserError(f"no command line of this project: {line}")
-        points.append((line, point_of(words[script + 1 :])))
-    return points
-
-
-def print_status(points, failed_lines=frozenset()):
-    """Print a line per target: points finished, runs done, diverged, running and at most.
-
-    A line's target is its comment: `python wrn_cifar.py ... # table1`.
-    """
-    targets = {}
-    for line, point in points:
-        targets.setdefault(line.partition(" # ")[2], {})[point.path((0.0, 0))] = line, point
-    for target, its_points in targets.items():
-        done, diverged, running, finished, failed, most = 0, 0, 0, 0, 0, 0
-        for line, point in its_points.values():
-            plan = point.plan()
-            done += len(point.found)
-            diverged += sum(record["status"] == "diverged" for record in point.found.values())
-            running += sum(is_running(point.path(key)) for key in plan.missing)
-            finished += not plan.missing
-            failed += line.partition(" # ")[0] in failed_lines
-            most += plan.at_most
-        points = f"{finished}/{len(its_points)}"
-        print(f"{target:8} {points:>9} {done:6} {diverged:8} {running:7} {failed:6} {most:7}")
-
-
-def watch(points, interval: float = 1.0):
-    """Print a line for each run that is finished from now on, until `stop_asked`."""
-    points = list({point.path((1.0, 0)): point for _, point in points}.values())
-    most, seen = sum(point.plan().at_most for point in points), {id(p): set(p.found) for p in points}
-    done = before = sum(len(point.found) for point in points)
-    say(f"{len(points)} points, at most {most} runs, {done} of them done")
-    began, last = time.monotonic(), False
-    while not last:
-        last = stop_asked.wait(interval)  # before a last look
-        most = sum(point.plan().at_most for point in points)
-        for point in points:
-            for key in sorted(point.found.keys() - seen[id(point)]):
-                seen[id(point)].add(key)
-                done += 1
-                minutes = (time.monotonic() - began) / (done - before) * (most - done) / 60
-                say(f"[{done}/{most} runs, about {minutes:.0f} min] {point.result(key)}")

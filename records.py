@@ -1,7 +1,6 @@
-"""What runs leave behind: names, records, the paper's statistics, and the runs that a search still needs.
+"""What runs leave behind: names, records, the paper's statistics, and which runs a search still needs.
 
-A record is the JSON file of one run, RESULTS/DATA/NAME.json, named by everything that decides the result.
-A run is done if and only if its valid record exists. Standard library only.
+A record is one run's JSON file, RESULTS/DATA/NAME.json; a run is done if and only if it is there and valid.
 """
 
 import contextlib
@@ -12,19 +11,18 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
-NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
-ENTRY = ("epoch", "lr", "train_loss", "l2", "train_accuracy", "seconds")  # of each epoch of a history
-FINAL = ("test_accuracy", "train_loss", "train_objective")
-FRACTIONS = ("train_accuracy", "test_accuracy", "test_top5")
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
+NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
+FINAL = ("test_accuracy", "train_loss", "train_objective")
+BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
 
 class UserError(Exception):
     """Something that only the user can mend, in one line."""
 
 
-# ------------------------------------------------------------------------------------------------------ names
 def power(rate: float) -> str:
     """A learning rate as the paper writes it, 2^-2 for 0.25; others as the shortest decimal that is exact."""
     mantissa, exponent = math.frexp(rate)
@@ -35,25 +33,21 @@ def slug(data_name: str) -> str:
     """The folder of a data set's records. Raises UserError for a name that gives none."""
     folder = "-".join("".join(c if c.isalnum() else " " for c in data_name.lower()).split())
     if not folder or len(folder.encode()) > 100 or folder in NOT_DATA:
-        rule = f"it needs 1 to 100 letters and digits, and cannot be {', '.join(NOT_DATA)}"
-        raise UserError(f"the data set's name {data_name[:100]!a} gives no folder name: {rule}")
+        rule = f"1 to 100 letters and digits, and not {', '.join(NOT_DATA)}"
+        raise UserError(f"the data set's name {data_name[:100]!a} gives no folder: it needs {rule}")
     return folder
 
 
 def run_name(prefix: str, config: dict, defaults: dict) -> str:
-    """The name of a run's record, without suffix: options in the order of `defaults`, without those equal to it."""
+    """The name of a run's record, without suffix; it shows those of the options in `defaults` that differ."""
     name = f"{prefix}_{config['init']}_bs{config['bs']}_lr{power(config['lr'])}_ep{config['epochs']}"
-    for key, default in defaults.items():
+    for key in (key for key in defaults if config[key] not in (None, defaults[key])):
         value, word = config[key], key.replace("_", "")
-        if value is not None and value != default:
-            name += (
-                f"_{value}" if isinstance(value, str) else f"_{word}" if value is True else f"_{word}{value}"
-            )
-            name = name.removesuffix(".0")
+        option = word if value is True else value if isinstance(value, str) else f"{word}{value}"
+        name += "_" + option.removesuffix(".0")
     return f"{name}_s{config['seed']:02d}"
 
 
-# ---------------------------------------------------------------------------------------------------- records
 def check(right: bool, problem: str):
     """Raise ValueError with the problem unless all is right."""
     if not right:
@@ -74,48 +68,39 @@ def read_record(path: Path) -> dict:
         return record
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"empty, truncated or not JSON ({error})") from None
-    except KeyError as error:
-        raise ValueError(f"not a whole record of a run: {error} is missing") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"not a record of a run: a part is of the wrong kind ({error})") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a record of a run: missing or of the wrong kind: {error}") from None
 
 
 def check_record(record: dict, name: str):
     """Raise ValueError unless a record is complete, and its parts and the file's name agree."""
     config, history, final, status = (record[key] for key in ("config", "history", "final", "status"))
-    epochs, wrn = config["epochs"], config["model"] == "wrn"
-    right = {"model": wrn or config["model"] == "resnet50"}
-    right |= {
-        "lr": is_number(config["lr"], sys.float_info.min),
-        "seed": is_number(config["seed"], 0, kind=int),
-    }
+    wrn, diverged, epochs = config["model"] == "wrn", status == "diverged", config["epochs"]
+    right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
+    right |= {"seed": is_number(config["seed"], 0, kind=int)}
     right |= {key: isinstance(config[key], str) for key in ("data", "init")}
-    right |= {} if wrn else {"version": config["version"] in ("v1", "v2")}
-    sizes = ("bs", "epochs", "depth", "width")[: 4 if wrn else 2]
+    right |= {} if wrn else {"version": config.get("version") in ("v1", "v2")}
+    sizes = ("bs", "epochs", "depth", "width") if wrn else ("bs", "epochs")
     for key, holds in (right | {key: is_number(config[key], 1, kind=int) for key in sizes}).items():
-        check(holds, f"its {key} cannot be {config[key]!r}")
+        check(holds, f"its {key} cannot be {config.get(key)!r}")
     for part in (f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}.json"):
         check(part in name, f"its name does not agree with its configuration: {part} is not in it")
-    check(isinstance(record["data"]["fingerprint"], str), "the fingerprint of its data is not a text")
-    check(isinstance(record["environment"], dict), "its environment is not an object")
+    kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
+    check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
     for epoch, entry in enumerate(history, 1):
         check(entry["epoch"] == epoch, f"its history has epoch {entry['epoch']} in place of {epoch}")
-        for key in (*ENTRY, *entry):
-            bounds, words = ((0, 1), "from 0 to 1") if key in FRACTIONS else ((), "finite")
-            check(
-                is_number(entry[key], *bounds), f"its {key} at epoch {epoch} is {entry[key]!r}, not {words}"
-            )
-    check(status in ("done", "diverged"), f"its status is {status!r}, neither done nor diverged")
-    if status == "diverged":
-        check(all(final[key] is None for key in (*FINAL, *final)), "it diverged, but its final has numbers")
-        check(is_number(record["diverged_at_step"], 0, kind=int), "its diverged_at_step is not a step")
-        check(len(history) <= epochs, f"its history has {len(history)} epochs of {epochs}")
-        return
-    check(len(history) == epochs, f"its history ends at epoch {len(history)} of {epochs}")
-    end = history[-1] | {"train_objective": history[-1]["train_loss"] + history[-1]["l2"]}
+        for key in ("lr", "train_loss", "l2", "train_accuracy", "seconds", *entry):
+            holds = is_number(entry[key], *BOUNDS.get(key, ()))
+            check(holds, f"its {key} at epoch {epoch} cannot be {entry[key]!r}")
+    check(diverged or status == "done", f"its status is {status!r}, neither done nor diverged")
+    check(diverged or len(history) == epochs, f"its history ends at epoch {len(history)} of {epochs}")
+    check(not diverged or is_number(record["diverged_at_step"], 0, kind=int), "it diverged at no step")
+    last = dict.fromkeys(final) if diverged else dict(history[-1])
+    last |= {} if diverged else {"train_objective": last["train_loss"] + last["l2"]}
     for key in (*FINAL, *final):
-        same = is_number(final[key]) and math.isclose(final[key], end[key], rel_tol=1e-9)
-        check(same, f"its final {key} is {final[key]!r}, but {end[key]} at the end of its history")
+        value, ours = final[key], last[key]
+        agrees = value is None if diverged else is_number(value) and math.isclose(value, ours, rel_tol=1e-9)
+        check(agrees, f"its final {key} is {value!r}, and {ours} at the end of its history")
 
 
 def find_record(path: Path) -> dict | None:
@@ -136,7 +121,7 @@ def write_record(path: Path, record: dict):
 
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None):
-    """A binary file that becomes `path` once it is complete and on the disk; the one before becomes `previous`."""
+    """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -162,28 +147,25 @@ def check_same(path: Path, theirs: dict, ours: dict):
 
 
 def read_all(folder: Path) -> tuple[list[dict], dict[str, str]]:
-    """All records of runs in RESULTS, each with its "file", DATA/NAME.json; and {file: problem} of other JSON."""
+    """The records of runs in RESULTS, each with its "file", DATA/NAME.json; {file: problem} of the rest."""
     records, problems = {}, {}
-    for path in sorted(path for path in folder.glob("*/[!.]*.json") if path.parent.name not in NOT_DATA):
-        name = f"{path.parent.name}/{path.name}"
+    for path in sorted(p for p in folder.glob("[!.]*/[!.]*.json") if p.parent.name not in NOT_DATA):
+        record = {"file": f"{path.parent.name}/{path.name}"}
         try:
-            record = read_record(path) | {"file": name}
-            key = json.dumps([record["config"], record["data"]["fingerprint"]], sort_keys=True)
-            first = records.setdefault(key, record)
+            record |= read_record(path)
+            run = json.dumps([record["config"], record["data"]["fingerprint"]], sort_keys=True)
+            first = records.setdefault(run, record)
             check(first is record, f"the same run as {first['file']}")
         except (OSError, ValueError) as error:
-            problems[name] = str(error)
+            problems[record["file"]] = str(error)
     return list(records.values()), problems
 
 
-# ------------------------------------------------------------------------------------------------- statistics
 @dataclass(frozen=True)
 class Metric:
-    """A number of `final`, its name in words, and whether more is better (+1) or less (-1)."""
-
-    key: str
+    key: str  # in `final`
     name: str
-    sign: int
+    sign: int  # +1 where more is better, -1 where less is
 
 
 ACCURACY = Metric("test_accuracy", "test accuracy", +1)
@@ -192,21 +174,17 @@ LOSS = Metric("train_objective", "training loss", -1)
 
 @dataclass
 class Stat:
-    """Mean and sample deviation of the runs kept: no mean if too many diverged, no deviation of one run."""
-
-    mean: float | None
-    std: float | None
+    mean: float | None  # of the runs kept; None where too many diverged
+    std: float | None  # sample standard deviation; None also for one run
     runs: int
     kept: list[dict]
 
 
 @dataclass
 class Optimum(Stat):
-    """The statistic at the best rate, the rates tied with it, and which edges of the grid it is."""
-
     rate: float
-    tied: list[float]
-    edge: str
+    tied: list[float]  # the rates whose mean is within one standard deviation of the best
+    edge: str  # "lowest", "highest", "lowest and highest" or "" among all rates that were run
 
 
 def kept(n: int) -> int:
@@ -218,11 +196,9 @@ def statistic(finals: list[dict], metric: Metric) -> Stat:
     """The paper's statistic of the runs at one rate; a diverged run is worse than any other."""
     done = [final for final in finals if final[metric.key] is not None]
     best = sorted(done, key=lambda final: -metric.sign * final[metric.key])[: kept(len(finals))]
-    if not best or len(best) < kept(len(finals)):
-        return Stat(None, None, len(finals), best)
-    mean = math.fsum(final[metric.key] for final in best) / len(best)
-    squares = math.fsum((final[metric.key] - mean) ** 2 for final in best)
-    return Stat(mean, math.sqrt(squares / (len(best) - 1)) if best[1:] else None, len(finals), best)
+    scores = [final[metric.key] for final in best] if len(best) == kept(len(finals)) else []
+    mean, std = fmean(scores) if scores else None, stdev(scores) if scores[1:] else None
+    return Stat(mean, std, len(finals), best)
 
 
 def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
@@ -232,78 +208,63 @@ def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
     means = {rate: stat.mean for rate, stat in stats.items() if stat.runs == most and stat.mean is not None}
     if not means:
         return None
-    rate = max(means, key=lambda rate: metric.sign * means[rate])
-    std, ends = stats[rate].std or 0, {"lowest": min(grid), "highest": max(grid)}
-    tied = [other for other in means if abs(means[other] - means[rate]) <= std]
-    edge = " and ".join(word for word, end in ends.items() if end == rate)
-    return Optimum(**vars(stats[rate]), rate=rate, tied=tied, edge=edge)
+    best = max(means, key=lambda rate: metric.sign * means[rate])
+    tied = [rate for rate in means if abs(means[rate] - means[best]) <= (stats[best].std or 0)]
+    edge = " and ".join(word for word, end in (("lowest", min(grid)), ("highest", max(grid))) if end == best)
+    return Optimum(**vars(stats[best]), rate=best, tied=tied, edge=edge)
 
 
-# ----------------------------------------------------------------------------------------------------- search
 @dataclass
 class Plan:
-    """The (rate, seed) asked for so far, those missing, how many there will be (an estimate), and notes."""
-
-    asked: list[tuple[float, int]]
-    missing: list[tuple[float, int]]
-    at_most: int
+    asked: list[tuple[float, int]]  # all (rate, seed) that the search has asked for so far
+    missing: list[tuple[float, int]]  # those without an outcome, in the order to run
+    at_most: int  # an estimate of how many there will be in the end, not too low
     notes: list[str]
 
 
 def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int = EXTEND) -> Plan:
-    """Find the runs that a search needs next; `outcomes` maps (rate, seed) to the `final` of a record.
+    """What a search needs next; `outcomes` maps (rate, seed) to the `final` of a record.
 
-    The search is replayed from its start, stage by stage, and sees only the outcomes that it asked for: its runs
-    are the same whatever their order and whatever else was run.
+    It is replayed by stages that see only outcomes that it asked for: order and other runs change nothing.
     """
-    rates, seeds, notes = sorted(set(rates)), list(dict.fromkeys(seeds)), []
+    rates, seeds, notes, missing, counts = sorted(set(rates)), list(dict.fromkeys(seeds)), [], [], {}
     limits, full = (rates[0] / 2**extend, rates[-1] * 2**extend), len(seeds)
-    more = counts = dict.fromkeys(rates, 1 if search == "best" else full)  # the first so many seeds of a rate
-    missing = []
+    more = dict.fromkeys(rates, 1 if search == "best" else full)
     while more and not missing:
-        counts = counts | more
+        counts |= more  # {rate: how many seeds, the first ones}
         asked = [(rate, seed) for n, seed in enumerate(seeds) for rate in sorted(counts) if n < counts[rate]]
-        missing = [pair for pair in asked if pair not in outcomes]
-        if missing or not search:
-            break
-        found = {rate: [outcomes[rate, seed] for seed in seeds[:n]] for rate, n in counts.items()}
-        more, notes = next_stage(found, metrics, search, full, limits)
+        missing, more = [pair for pair in asked if pair not in outcomes], {}
+        if search and not missing:
+            found = {rate: [outcomes[rate, seed] for seed in seeds[:n]] for rate, n in counts.items()}
+            more, notes = next_stage(found, metrics, search, full, limits)
     waiting = {rate for rate, _ in missing}
-    most = sum(full if rate in waiting else n for rate, n in counts.items())
-    if missing and max(counts.values()) == 1:  # before the optima are known
-        most = len(counts) + 3 * len(metrics) * (full - 1)
-    return Plan(asked, missing, most, notes)
+    at_most = sum(full if rate in waiting else n for rate, n in counts.items())
+    if missing and max(counts.values()) == 1:  # the optima are not known yet
+        at_most = len(counts) + 3 * len(metrics) * (full - 1)
+    return Plan(asked, missing, at_most, notes)
 
 
 def next_stage(found: dict, metrics, search: str, full: int, limits) -> tuple[dict[float, int], list[str]]:
     """What a search asks for after the outcomes `found`, {rate: so many of its first seeds}; and notes.
 
-    Rates beyond an optimal edge come first, or below the lowest where every run diverged. Then, for "best", all
-    seeds at each metric's best rate, at its neighbours, and at rates whose mean with fewer seeds is better.
+    Rates beyond an optimal edge come first, or below the lowest where all diverged. Then, for "best", all
+    seeds at each metric's best rate, its neighbours, and rates that with fewer seeds are better or tied.
     """
-    order, beyond, around, notes = sorted(found), [], set(), {}
+    order, beyond, around = sorted(found), set(), set()
     for metric in metrics:
-        means = {rate: mean for rate in order if (mean := statistic(found[rate], metric).mean) is not None}
-        whole = [rate for rate in means if len(found[rate]) == full] or means
-        best = max(whole, key=lambda rate: metric.sign * means[rate], default=order[0])
-        for end, further in (("lowest", best / 2), ("highest", best * 2)):
-            if best != (order[0] if end == "lowest" else order[-1]) or (not means and end == "highest"):
-                continue
-            if limits[0] <= further <= limits[1]:
-                beyond.append(further)
-            else:
-                what = f"the best for the {metric.name}" if means else "and no run trained"
-                notes[f"{power(best)} is the {end} rate that the search tries, {what}"] = None
-        if means:
-            around |= set(order[max(0, order.index(best) - 1) : order.index(best) + 2])
-            around |= {rate for rate in means if metric.sign * (means[rate] - means[best]) > 0}
-    if beyond or search == "all":
-        return dict.fromkeys(beyond, full if search == "all" else 1), [*notes]
-    needed = {rate: seeds_to_ask(found[rate], metrics[0], full) for rate in around}
-    return {rate: n for rate, n in needed.items() if n > len(found[rate])}, [*notes]
-
-
-def seeds_to_ask(finals: list[dict], metric: Metric, full: int) -> int:
-    """How many seeds a rate needs: all; where some diverged, the fewest that could leave it without a mean."""
-    diverged, spare = sum(final[metric.key] is None for final in finals), full - kept(full)
-    return min(full, len(finals) + max(0, spare + 1 - diverged)) if diverged else full
+        stats = {rate: stat for rate in order if (stat := statistic(found[rate], metric)).mean is not None}
+        whole = [rate for rate in stats if len(found[rate]) == full] or stats
+        best = max(whole, key=lambda rate: metric.sign * stats[rate].mean, default=order[0])
+        beyond |= {best / 2} if best == order[0] else set()
+        beyond |= {best * 2} if best == order[-1] and stats else set()
+        if stats:
+            around |= {*order[max(0, order.index(best) - 1) : order.index(best) + 2]}
+            least = metric.sign * stats[best].mean - (stats[best].std or 0)
+            around |= {rate for rate in stats if metric.sign * stats[rate].mean > least}
+    new = {rate: 1 if search == "best" else full for rate in beyond if limits[0] <= rate <= limits[1]}
+    notes = [f"the search would go on to {power(rate)}, but stops" for rate in sorted(beyond - new.keys())]
+    for rate in around if search == "best" and not new else ():
+        n, diverged = len(found[rate]), sum(final[metrics[0].key] is None for final in found[rate])
+        fewest = n + max(0, full - kept(full) + 1 - diverged)  # seeds that could leave it without a mean
+        new |= {rate: min(full, fewest) if diverged else full}
+    return {rate: n for rate, n in new.items() if n > len(found.get(rate, ()))}, notes

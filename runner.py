@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import progress
 import records
 from common import Run, epoch_end, rank_group, ranks, stop_asked, stream_seed, train
-from points import Point, find_device, print_plan, print_status, read_points, say, take_lock, watch
+from points import Point, find_device, print_plan, say, take_lock
 from records import UserError, atomic_write, check_same, find_record
 
 # -------------------------------------------------------------------------------------------- exit codes
@@ -44,13 +45,12 @@ class Elsewhere(Exception):
 
 
 def exit_code(main) -> int:
-    """Call main() and turn what ends it into an exit code.
+    """Call main() and turn what ends it, or what it returns, into an exit code.
 
     0 done, 1 failed, 2 bad usage or data, 75 interrupted, 76 the rest is in other processes' hands.
     """
-    code = 0
     try:
-        main()
+        code = main() or 0
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # all ranks of a machine have the same error
             print(f"error: {error}", file=sys.stderr)
@@ -536,10 +536,10 @@ class Script:
     def main(self, argv=None):
         """Do what the flags ask for."""
         args = self.parse_args(argv)
-        if args.status or args.watch:
-            points = read_points(lambda words: self.make_point(self.parse_args(words)))
-            with signals_ask_to_stop():
-                return print_status(points) if args.status else watch(points)
+        if args.status:
+            return progress.print_status(progress.read_lines())
+        if args.watch is not None:
+            return progress.watch(progress.read_lines(), args.watch)
         if args.verbose:
             say(json.dumps(vars(args), default=str))
         point = self.make_point(args)
