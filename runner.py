@@ -15,6 +15,8 @@ import json
 import math
 import os
 import pickle
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -88,8 +90,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What a record calls a device; a CPU's name comes with its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def leave_ranks():
