@@ -14,6 +14,8 @@ import functools
 import json
 import math
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -87,8 +89,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What a record calls a device; a CPU's name comes with its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def leave_ranks():
