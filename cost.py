@@ -20,9 +20,8 @@ from torch import nn
 import resnet_imagenet
 import wrn_cifar
 from common import METHODS, epoch_end
-from points import find_device
+from points import device_name, find_device
 from records import UserError, plan
-from runner import device_name
 
 SCRIPTS = {"wrn_cifar.py": wrn_cifar.SCRIPT, "resnet_imagenet.py": resnet_imagenet.SCRIPT}
 WHOLE, GHOST = "bn (whole batch)", 64  # ghost batches of Wide-ResNets whose method is "bn"

@@ -12,6 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("loading PyTorch ...", file=sys.stderr)
+
 import data
 import points
 import runner

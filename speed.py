@@ -279,7 +279,7 @@ def make_record(args, device):
     script, _, config = configure(Row("bn", 2, "eager", 1, "float32"), args, device)
     record = {"kind": "speed", "made": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
     record |= {"model": args.model, "multiplications": multiplications(script, config, size)}
-    record |= {"device": runner.device_name(device), "threads": torch.get_num_threads()}
+    record |= {"device": points.device_name(device), "threads": torch.get_num_threads()}
     record |= {"torch": torch.__version__, "commit": runner.commit(), "rows": [], "checks": []}
     record["limit"] = traffic_limits(device) if device.type == "cuda" and args.model == "wrn16-4" else {}
     for bs in args.batches:
@@ -377,7 +377,7 @@ def main(argv=None):
     device = runner.pick_device(args.device)
     args.precision = common.pick_precision(args.amp, device)
     runner.check_writable(folder)
-    path = folder / f"{args.model}_{slug(runner.device_name(device))}_t{torch.get_num_threads()}.json"
+    path = folder / f"{args.model}_{slug(points.device_name(device))}_t{torch.get_num_threads()}.json"
     for record in make_record(args, device):
         content = record | {"rows": [vars(row) for row in record["rows"]]}
         with atomic_write(path) as file:

@@ -10,6 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("loading PyTorch ...", file=sys.stderr)
+
 import data
 import points
 import runner

@@ -115,6 +115,17 @@ def test_a_signal_while_images_are_read_ends_it_at_once(number, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_terminal_that_is_closed_stops_a_run_as_other_signals_do(tmp_path):
+    terminal, more = scripts.Terminal(), ["--epochs", "12", "--out", tmp_path]
+    process = scripts.start(wrn_cifar, FLAGS, *more, log=terminal.path)
+    terminal.read_until(lambda: "epoch 3/12" in terminal.seen)
+    terminal.hang_up()
+    assert end(process) == 75
+    assert [path.suffix for path in tmp_path.glob("shapes/*")] == [".ckpt"]
+    assert script(*more) == 0
+    assert results(tmp_path) == undisturbed("--epochs", "12")
+
+
 def test_fresh_begins_again(tmp_path, monkeypatch, capsys):
     stopped(tmp_path, monkeypatch, 7)
     assert script("--out", tmp_path, "--fresh") == 0
@@ -377,7 +388,7 @@ def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, capsys):
     with take_lock(path):
         assert is_running(path)
         assert script("--out", tmp_path, "--seeds", 2) == 76
-        assert "1 runs are in the hands of other processes" in capsys.readouterr().out
+        assert "the rest is in the hands of other processes (1 runs)" in capsys.readouterr().out
         assert list(results(tmp_path)) == [NAME.replace("s00", "s01")]
     assert not is_running(path) and script("--out", tmp_path) == 0
 
@@ -527,6 +538,18 @@ def test_ranks_leave_no_thread_that_could_abort_their_end(tmp_path, interrupt):
         os.kill(both[0].pid, signal.SIGTERM)
     assert [end(rank) for rank in both] == [75 * interrupt] * 2
     assert Path(log).read_text().count(f"ends with {75 * interrupt}, 0 gloo threads\n") == 2
+
+
+def test_a_picture_that_one_rank_cannot_read_is_said_once(tmp_path):
+    folder = make_folder(tmp_path / "photographs", "val", 8, 1)
+    for path in folder.glob("train/n01/*"):
+        path.write_bytes(b"no image")
+    flags = "--arch v2 --bs 4 --epochs 1 --image-size 32 --workers 0 --device cpu --amp off --seed 1"
+    both = ranks(tmp_path / "out", 2, "--data-dir", folder, module=resnet_imagenet, flags=flags)
+    codes = [end(rank) for rank in both]
+    said = [line for line in Path(f"{tmp_path}/out.log").read_text().splitlines() if "error: " in line]
+    assert 2 in codes and codes.count(2) == len(said)
+    assert all("is not a readable image" in line for line in said)
 
 
 @pytest.mark.slow

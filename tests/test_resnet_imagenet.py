@@ -149,9 +149,9 @@ def test_the_plan_is_the_papers(tmp_path, capsys, monkeypatch):
     flags = "--data shapes --arch v1 --init bn --bs 512 --lr 2^-2 2^-1 --micro 64 --dry-run --out"
     assert script(flags, tmp_path) == 0
     plan = capsys.readouterr().out
-    assert f"{25_557_032 - 990 * 2049:,} trainable parameters" in plan  # ten classes, not 1,000
-    assert "1,280,000 images, batches of 512: 225,000 updates in 90 epochs" in plan
-    assert "constant for 112,500 updates, then halved 9 times" in plan
+    size = f"{25_557_032 - 990 * 2049:,} parameters, 10 classes"  # the paper has 1,000
+    assert f"resnet50-v1 bn, {size}: B 512, 90 epochs, 2 rates 2^-2 to 2^-1, seed 0, float32 on cpu" in plan
+    assert "1,280,000 images: 225,000 updates; after 112,500 the rate is halved 9 times" in plan
     assert "8 ranks, each 64 images of a batch in passes of 64, ghost batches of 256 over 4 ranks" in plan
     assert (
         plan.count("missing") == 2 and f"{tmp_path}/shapes/resnet50-v1_bn_bs512_lr2^-2_ep90_s00.json" in plan
@@ -164,8 +164,8 @@ def test_a_plan_counts_the_images_and_classes_of_the_folder(tmp_path, capsys):
     flags = "--arch v1 --bs 2 --epochs 4 --dry-run --data-dir"
     assert script(flags, tmp_path / "photographs") == 0
     plan = capsys.readouterr().out
-    assert "9 images, batches of 2: 18 updates in 4 epochs" in plan
-    assert f"{25_530_488 - 997 * 2049:,} trainable parameters, 3 classes" in plan
+    assert "B 2, 4 epochs, rate 2^-10 (the default), seed 0" in plan and "9 images: 18 updates" in plan
+    assert f"{25_530_488 - 997 * 2049:,} parameters, 3 classes" in plan
     assert script(flags, tmp_path / "absent") == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -1,14 +1,21 @@
 """wrn_cifar.py as a user meets it: flags, records, repeated commands, the search, bad input."""
 
 import json
+import os
+import re
+import select
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import scripts
+import torch
 from scripts import all_records, computed, make_folder, results
 
 import data
+import resnet_imagenet
 import runner
 import wrn_cifar
 
@@ -235,6 +242,21 @@ def test_bad_data_ends_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_refuses_what_the_run_refuses(tmp_path, capsys):
+    folder = make_folder(tmp_path / "images")
+    shapes, pictures = "--data shapes --device cpu", f"--data folder --data-dir {folder} --device cpu"
+    for flags in (
+        f"{shapes} --bs 1024", f"{shapes} --train-size 72 --bs 128", f"{shapes} --train-size 1000",
+        f"{pictures} --bs 7", f"{pictures} --train-size 7 --bs 2", f"{pictures}/train --bs 2",
+    ):  # fmt: skip
+        said = []
+        for more in ([], ["--dry-run"]):
+            assert script("--out", tmp_path / "out", *more, flags=flags) == 2
+            said.append(capsys.readouterr().err)
+        assert said[0] == said[1] and said[0].count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written_stops_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "train", None)
     (tmp_path / "file").write_text("")
@@ -253,6 +275,157 @@ def test_data_sets_have_their_own_folder(tmp_path):
     assert wrn_cifar.make_point(wrn_cifar.parse_args(words)).folder == Path("results/cifar-10-jpeg")
 
 
+# ------------------------------------------------------------------------------------- classes and search
+
+
+@pytest.mark.parametrize("classes", [2, 11])
+def test_classes_come_from_the_data(tmp_path, classes, capsys):
+    folder = make_folder(tmp_path / "images", classes=classes)
+    flags = f"--data folder --data-dir {folder} --depth 10 --width 1 --bs 6 --epochs 1 --device cpu --amp off"
+    flags += f" --init none --out {tmp_path / 'out'}"
+    assert script("--dry-run", flags=flags) == 0
+    size = f"{77_360 + 64 * (classes - 10):,} parameters, {classes} classes"  # the classifier has no bias
+    assert size in capsys.readouterr().out
+    assert script(flags=flags) == 0
+    assert size in capsys.readouterr().out
+    (record,) = all_records(tmp_path / "out").values()
+    assert record["data"]["classes"] == classes and record["data"]["train_images"] == 3 * classes
+
+
+SEARCH = f"{QUICK} --train-size 32 --epochs 1 --lr 2^-4 2^-2 2^0 --seeds 3 --search best"
+
+
+def test_a_search_runs_to_its_end_in_one_process_and_in_two(tmp_path, capsys):
+    one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log"
+    assert script("--out", one, flags=SEARCH) == 0
+    assert script("--out", one, "--dry-run", flags=SEARCH) == 0
+    plan = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in plan if ".json" in line and ".json)" not in line} == {"done"}
+    both = [scripts.start(wrn_cifar, SEARCH, "--out", two, log=log) for _ in range(2)]
+    codes = {scripts.end(process) for process in both}
+    assert 0 in codes and codes <= {0, 76}
+    assert results(two) == results(one)
+    seeds = {}
+    for record in all_records(one).values():
+        seeds.setdefault(record["config"]["lr"], set()).add(record["config"]["seed"])
+    assert len(seeds) >= 3 and [*seeds.values()].count({0, 1, 2}) >= 2  # the best rate and its neighbours
+    assert all(0 in each for each in seeds.values())
+
+
+# ----------------------------------------------------------------------------------------------- weights
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of pictures, and the flags of a run on it that has left its weights."""
+    out = tmp_path_factory.mktemp("trained")
+    folder = make_folder(out / "images", classes=3, size=(32, 32))
+    flags = f"--data folder --data-dir {folder} --depth 10 --width 1 --bs 3 --epochs 2 --device cpu --amp off"
+    flags += f" --out {out / 'results'}"
+    assert script("--save-weights", flags=flags) == 0
+    return folder, flags, out / "results"
+
+
+def test_weights_classify_a_picture_in_five_lines(trained):
+    folder, flags, out = trained
+    (path,) = out.glob("*/*.pt")
+    picture = folder / "test" / "n01" / "0.png"
+
+    saved = torch.load(path, weights_only=True)
+    net = wrn_cifar.make_net(saved["config"], saved["classes"]).eval()
+    net.load_state_dict(saved["state_dict"])
+    image = (data.decode(picture) / 255 - torch.tensor(saved["mean"])) / torch.tensor(saved["std"])
+    logits = net(image.permute(2, 0, 1)[None])
+
+    assert saved.keys() == {"config", "classes", "mean", "std", "state_dict"} and saved["classes"] == 3
+    args = wrn_cifar.parse_args(flags.split())
+    images = wrn_cifar.load_data(args, torch.device("cpu"))
+    (batch, labels), *_ = images.test_batches()
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.allclose(logits[0], net(batch)[2], atol=1e-5)
+
+
+def test_eval_only_prints_the_accuracy_of_weights_and_of_checkpoints(trained, tmp_path, capsys, monkeypatch):
+    _, flags, out = trained
+    (record,) = all_records(out).values()
+    assert script("--eval-only", flags=flags) == 0
+    accuracy = f"test_accuracy {record['final']['test_accuracy']:.2%}"
+    assert capsys.readouterr().out == f"wrn10-1 zeroinit B 3 2^-6 seed 0: {accuracy}\n"
+    assert script("--eval-only", "--out", tmp_path / "none", flags=flags) == 2
+    assert "--eval-only: there is neither" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_weights_that_do_not_fit_are_one_line(trained, tmp_path, capsys):
+    _, flags, out = trained
+    (path,) = out.glob("*/*.pt")
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    wd = saved["config"] | {"wd": 0.25}
+    state = {name: tensor for name, tensor in saved["state_dict"].items() if name != "classifier.weight"}
+    others = {
+        "its wd is 0.25, not 0.0005": saved | {"config": wd},
+        "is for 2 classes, but the images have 3": saved | {"classes": 2},
+        "Missing key(s) in state_dict": saved | {"state_dict": state},
+        "'config'": saved["state_dict"],
+        "is damaged": [1, 2, 3],
+    }
+    altered = bytearray(whole)
+    altered[len(whole) // 2] ^= 1
+    contents = {"": whole[: len(whole) // 2], "is damaged": b"no weights", "checksum": bytes(altered)}
+    for complaint, content in [*others.items(), *contents.items()]:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        assert script("--eval-only", flags=flags) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and str(path) in error and error.count("\n") == 1 and len(error) < 500
+    path.write_bytes(whole)
+
+
+def test_save_weights_on_a_run_that_is_done_says_what_would_help(tmp_path, capsys):
+    said = "--save-weights does nothing for runs that are done: with another --out they are trained again"
+    assert script("--save-weights", "--out", tmp_path / "a") == 0
+    assert script("--save-weights", "--out", tmp_path / "a") == 0
+    assert said not in capsys.readouterr().out  # the weights are there
+    assert script("--out", tmp_path / "b") == 0
+    assert script("--save-weights", "--out", tmp_path / "b") == 0
+    assert said in capsys.readouterr().out
+    assert not list((tmp_path / "b").glob("*/*.pt"))
+
+
+# ------------------------------------------------------------------------------------------- a new method
+
+
+GROUP_NORM = {  # the three lines that README.md names
+    "    fixup: bool = False  # ": "    group_norm: bool = False  # over groups of eight channels\n",
+    '    "none": Method(),\n': '    "gn": Method(group_norm=True),\n',
+    "    return GhostBatchNorm2d(channels, ghost) if": (
+        "    if method.group_norm:\n        return nn.GroupNorm(channels // 8, channels)\n"
+    ),
+}
+
+
+def test_another_norm_is_a_field_a_row_and_a_case(tmp_path):
+    source = Path(wrn_cifar.__file__).parent
+    for path in source.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / "common.py").read_text()
+    for before, line in GROUP_NORM.items():
+        assert text.count(before) == 1
+        text = text.replace(before, line + before)
+    (tmp_path / "common.py").write_text(text)
+    flags = f"{QUICK} --bs 512 --train-size 1024 --epochs 1".split()
+    command = [sys.executable, "wrn_cifar.py", *flags, "--init", "gn", "--out", "results"]
+    command += ["--lr", "2^-2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    affine = 2 * (16 + 16 + 16 + 32 + 32 + 64 + 64)  # two for each channel of each norm
+    assert f"wrn10-1 gn, {77_360 + affine:,} parameters, 10 classes" in done.stdout
+    assert list(all_records(tmp_path / "results")) == ["wrn10-1_gn_bs512_lr2^-2_ep1_trainsize1024_s00"]
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -262,4 +435,66 @@ def test_status_reads_command_lines(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", [f"{line} # table1\n", "\n", f"{line} --wd 0 --seeds 2 # table1\n"])
     assert script("--status", flags="") == 0
-    assert capsys.readouterr().out.split() == ["table1", "1/2", "1", "0", "0", "0", "3"]
+    header, counts = capsys.readouterr().out.splitlines()
+    assert header == "target     points  failed  runs done  diverged  running  at most"
+    assert counts.split() == ["table1", "1/2", "0", "1", "0", "0", "3"]
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_terminal_shows_how_far_it_is_and_keeps_a_line_for_each_run(tmp_path, together):
+    terminal, flags = scripts.Terminal(), f"{QUICK} --epochs 4 --eval-every 2 --seeds 2 --lr 2^-3"
+    words = ["--concurrent", together, "--out", tmp_path]
+    process = scripts.start(wrn_cifar, flags, *words, log=terminal.path)
+    terminal.read_until(lambda: not process.is_alive())
+    assert scripts.end(process) == 0
+    screen, bars = terminal.screen(), [frame for frame in terminal.frames() if "images/s" in frame]
+    assert all(len(bar) <= 80 for bar in bars)
+    look = r"\[[01]/2\] epoch \d/4 loss \d\.\d{3} test \d+\.\d% .* [\d.]+k? images/s, [\d:]+ left"
+    assert any(re.fullmatch(look, bar.strip()) for bar in bars)
+    about = (
+        "wrn10-1 zeroinit, 77,709 parameters, 10 classes: B 32, 4 epochs, rate 2^-3, seeds 0 to 1, float32"
+    )
+    assert screen[:2] == ["loading the images ...", f"{about} on cpu"]
+    for seed, line in enumerate(screen[2:4]):
+        path = tmp_path / "shapes" / f"wrn10-1_zeroinit_bs32_lr2^-3_ep4_trainsize96_s0{seed}.json"
+        final = all_records(tmp_path)[path.stem]["final"]
+        result = f"test {final['test_accuracy']:.1%}, loss {final['train_objective']:.3f} ({path})"
+        assert line == f"wrn10-1 zeroinit B 32 2^-3 seed {seed}: {result}"
+    assert screen[4] == f"all is done (2 runs): `python plot.py {tmp_path}` makes the report"
+    assert not any("images/s" in line for line in screen)
+
+
+def test_what_was_there_already_has_its_line_too(tmp_path, capsys):
+    assert script("--seeds", 2, "--out", tmp_path) == 0
+    first = [line for line in capsys.readouterr().out.splitlines() if ".json)" in line]
+    assert script("--seeds", 3, "--out", tmp_path) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".json)" in line]
+    assert lines[:2] == first and len(lines) == 3 and "seed 2: test" in lines[2]
+
+
+def test_all_flags_are_said_with_verbose_only(tmp_path, capsys):
+    for more in ([], ["--verbose"]):
+        assert script("--out", tmp_path, *more) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [json.loads(line)["wd"] for line in lines if line.startswith("{")] == [5e-4] * len(more)
+
+
+@pytest.mark.parametrize("module", [wrn_cifar, resnet_imagenet])
+def test_help_has_examples_and_no_empty_defaults(module, capsys):
+    assert scripts.run(module, "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f" {module.__name__}.py ") >= 2
+    assert "None" not in said and "(default: False)" not in said
+    assert "(default: zeroinit)" in said and "[what the paper leads to expect]" in said
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+    """As the `head` in `wrn_cifar.py ... | head`."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    process = scripts.start(wrn_cifar, f"{QUICK} --seeds 3", "--out", tmp_path, log=pipe)
+    while not select.select([reader], [], [], 1)[0]:
+        pass
+    os.close(reader)
+    assert scripts.end(process) == 0
+    assert len(all_records(tmp_path)) == 3
