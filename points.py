@@ -350,7 +350,7 @@ def describe(script, point: Point, args, classes: int) -> str:
     text += (
         f"B {point.shared['bs']}, {epochs} epochs, {rates}{'' if args.lr else ' (the default)'}, {seeds}, "
     )
-    return text + f"{point.shared['precision']} on {device_name(find_device(args.device))}"
+    return text + f"{point.shared['precision']} on {find_device(args.device)}"
 
 
 def print_plan(script, point: Point, args):
