@@ -33,10 +33,13 @@ def read_lines() -> dict[str, list[str]]:
 
 def point_of(line: str) -> Point:
     """The point of a command line of either script, by that script's own parser."""
-    words = shlex.split(line)
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"{error} in the line: {line}") from None
     found = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
     if found is None:
-        raise UserError(f"no command line of this project: {line}")
+        raise UserError(f"no command line of this project: {line[:100]}")
     script = importlib.import_module(Path(words[found]).stem).SCRIPT
     return script.make_point(script.parse_args(words[found + 1 :]))
 
@@ -131,8 +134,8 @@ def print_status(targets: dict[str, list[str]]) -> int:
     for target, lines in targets.items():
         try:
             tasks = read_tasks(lines, known)
-        except SystemExit:
-            say(f"{target:8} does not take these flags")
+        except UserError as error:
+            say(f"{target:8} {error}")
             continue
         folder = tasks[0].point.folder.parent
         failed[folder] = failed.get(folder) or failures(folder)
@@ -161,7 +164,9 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     folder = tasks[0].point.folder
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.at_most for task in tasks), time.monotonic(), time.time()
-    say(f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; {len(workers)} workers")
+    say(
+        f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; {len(workers)} workers"
+    )
     alive = True
     while alive and any(task.plan.missing for task in tasks):
         time.sleep(INTERVAL)

@@ -18,7 +18,6 @@ import pytest
 import records
 from records import ACCURACY, LOSS, UserError, optimum, plan, power, run_name, statistic
 
-ROOT = Path(records.__file__).parent
 CONFIG = {
     "data": "CIFAR-10",
     "model": "wrn",
@@ -93,6 +92,9 @@ def test_a_name_holds_everything_that_is_not_as_usual():
     assert (
         run_name("wrn16-4", CONFIG | changes, DEFAULTS) == f"wrn16-4_zeroinit_bs64_lr0.1_ep3_{options}_s123"
     )
+    assert run_name("wrn", CONFIG | {"alpha": None}, DEFAULTS) == run_name(
+        "wrn", CONFIG, DEFAULTS
+    )  # has none
     assert "_ghost32_" in run_name("wrn16-4", CONFIG | {"ghost": 32}, DEFAULTS | {"ghost": 64})
     assert len({run_name("wrn", CONFIG | {"wd": wd}, DEFAULTS) for wd in (1e-4, 1.0000001e-4, 0.0, 1.0)}) == 4
 
@@ -470,11 +472,31 @@ def test_a_lone_seed_within_one_deviation_of_the_best_gets_all_seeds():
         assert play(truth, "best").seeds() == {-5: 1, -4: 15, -3: 15, -2: 15, -1: 1, 0: seeds, 1: 1}
 
 
+def test_a_lone_seed_that_was_lucky_does_not_get_neighbours():
+    first = dict.fromkeys(range(-5, 2), 0.8) | {-3: 0.9, 0: 0.87}
+    later = first | {-3: 0.86, 0: 0.85}  # 2^-3 has 0.863 in the end, less than the first seed at 2^0
+    truth = Exact(-3, -3)
+    for pair in [(2.0**k, seed) for k in first for seed in range(15)]:
+        truth[pair] = truth[pair] | {"test_accuracy": (later if pair[1] else first)[math.log2(pair[0])]}
+    played = play(truth, "best")
+    assert played.seeds() == {-5: 1, -4: 15, -3: 15, -2: 15, -1: 1, 0: 15, 1: 1}
+    assert played.sizes == [7, 42, 14] and optimum(played.grid, ACCURACY).rate == 2**-3
+
+
+def test_of_equal_rates_the_lowest_is_taken_and_the_others_left():
+    truth = Exact(-3, -3)
+    for pair in [(2.0**k, seed) for k in range(-5, 2) for seed in range(15)]:
+        truth[pair] = truth[pair] | {"test_accuracy": 0.75 if pair[0] >= 2**-3 else 0.5}
+    assert play(truth, "best").seeds() == {-5: 1, -4: 15, -3: 15, -2: 15, -1: 1, 0: 1, 1: 1}
+
+
 def test_a_grid_of_one_rate_grows_on_both_sides():
     played = play(Exact(0, 0), "best", rates=[1.0])
     assert played.seeds() == {-1: 15, 0: 15, 1: 15} and played.sizes == [1, 2, 42]
     played = play(Exact(0, 0, limit=1), "best", rates=[1.0], seeds=1, metrics=(ACCURACY,))
     assert played.seeds() == {-1: 1, 0: 1, 1: 1}
+    played = play(Exact(0, 0, limit=0), "best", rates=[1.0], seeds=1, metrics=(ACCURACY,))
+    assert played.seeds() == {-2: 1, -1: 1, 0: 1}  # not above what diverged
 
 
 def test_one_seed_and_one_metric_are_the_rates_alone():
@@ -498,6 +520,7 @@ def test_a_search_goes_six_rates_beyond_the_starting_ones_and_says_so():
         assert max(played.grid) == 2.0**7 and len(played.grid[2.0**7]) == 3
         assert played.end.notes == ["the search would go on to 2^8, but stops"]
         assert optimum(played.grid, ACCURACY).edge == "highest"
+    assert max(play(Exact(50, 50), "best", rates=[1.0, 0.25, 0.5], seeds=1).grid) == 64.0
     played = play(Exact(50, -50), "best", seeds=3, extend=0)
     assert sorted(played.grid) == RATES
     assert played.end.notes == [f"the search would go on to {rate}, but stops" for rate in ("2^-6", "2^2")]
