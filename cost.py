@@ -21,6 +21,7 @@ import resnet_imagenet
 import wrn_cifar
 from common import METHODS, epoch_end
 from points import device_name, find_device
+from progress import read_lines
 from records import UserError, plan
 
 SCRIPTS = {"wrn_cifar.py": wrn_cifar.SCRIPT, "resnet_imagenet.py": resnet_imagenet.SCRIPT}
@@ -100,7 +101,7 @@ def find_speed(records: list[dict], config: dict, flags, bs: float):
             other = f" ({record['file']} is of {record['device']})"
         elif speed := speed_of(record, config, flags, bs):
             return record, speed
-    command = "python speed.py" + (f" --model resnet50-{config['version']}" if "version" in config else "")
+    command = "python speed.py" + (" --model resnet50-v2" if config["model"] == "resnet50" else "")
     command += f" --amp {config['precision']}" if config["precision"] != "float32" else ""
     command += " --compile" if flags.compile else ""
     what = f"{config['model']} in {config['precision']} on {device}"
@@ -117,15 +118,14 @@ def hours_of_a_run(script, flags, config: dict, record: dict, speed: float, know
     return trained / speed * known[key] / record["multiplications"] / 3600
 
 
-def cost(folder: Path, lines):
-    """Print points, runs at most and hours of the command lines of each target.
+def cost(folder: Path):
+    """Print points, runs at most and hours of the command lines on stdin, by their targets.
 
     Raises UserError if no record tells the hours of any.
     """
     records, known, targets, notes = read_records(folder), {}, {}, {}
-    for line in filter(None, map(str.strip, lines)):
-        command, _, target = line.partition(" # ")
-        before, name, words = [*re.split(r"(\w+\.py)", command, maxsplit=1), "", ""][:3]
+    for target, line in ((target, line) for target, lines in read_lines().items() for line in lines):
+        before, name, words = [*re.split(r"(\w+\.py)", line, maxsplit=1), "", ""][:3]
         if name not in SCRIPTS:
             raise UserError(f"no command line of this project: {line}")
         script, ranks = SCRIPTS[name], re.search(r"nproc.per.node.(\d+)", before)
@@ -142,7 +142,7 @@ def cost(folder: Path, lines):
         runs = [plan({}, point.rates, point.seeds, point.metrics, search).at_most for search in searches]
         targets.setdefault(target or "these", {})[point.path((1.0, 0))] = *runs, hours
     if not any(notes.values()):
-        raise UserError("; ".join(notes) or "no command lines on stdin")
+        raise UserError("; ".join(notes).replace("?: ", "") or "no command lines on stdin")
     if len(targets) > 1:
         targets["all"] = {path: its for target in targets.values() for path, its in target.items()}
     print_costs(targets)

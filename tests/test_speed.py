@@ -1,5 +1,6 @@
 """speed.py and cost.py: figures on tiny nets, arithmetic by hand. How fast anything is, is not tested."""
 
+import io
 import json
 import math
 import time
@@ -90,17 +91,17 @@ def test_what_is_compared_on_a_gpu():
         ("bn", "plain", 1, "float32"), captured, ("bn", "eager", 1, "bf16"), ("bn", "concurrent", 16, "bf16")
     ]  # fmt: skip
     assert ways("--methods zeroinit --compile", 2048) == [
-        ("zeroinit", "captured", 1, "float32"),
         ("zeroinit", "captured", 1, "bf16"),
         ("zeroinit", "eager", 1, "bf16"),
         ("zeroinit", "compiled", 1, "bf16"),
+        ("zeroinit", "captured", 1, "float32"),
     ]
     assert [WHOLE in {way[0] for way in ways("--short", bs)} for bs in (64, 512)] == [False, True]
     short = speed.parse_args(["--short", "--device", "cpu"])
     assert short.batches == [1, 16, 64, 512] and short.methods == ["bn", WHOLE, "none", "zeroinit"]
     assert ways("--model resnet50-v1 --methods bn", 256) == [
-        ("bn", "eager", 1, "float32"),
         ("bn", "eager", 1, "bf16"),
+        ("bn", "eager", 1, "float32"),
     ]
 
 
@@ -217,7 +218,9 @@ def wide_resnet_work(k, size=32):
 def cost_of(folder, capsys, *lines):
     """What the costs of lines are: {target: (points, runs, hours, runs, hours)}, and the lines below."""
     capsys.readouterr()
-    cost.cost(folder / "speed", [f"python {line}\n" for line in lines])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        cost.cost(folder / "speed")
     _, head, *rest = capsys.readouterr().out.splitlines()
     assert head.split() == ["target", "points", "runs", "hours", "runs", "hours"]
     table = [line.replace(",", "").split() for line in rest if len(line.split()) == 6]
@@ -280,20 +283,17 @@ def test_cost_of_resnet50(tmp_path, capsys):
     assert found["table1"][2] == pytest.approx(50_000 / 100 / 3600, abs=0.05) and math.isnan(found["all"][2])
     assert notes[0].startswith("?: no record tells the speed of resnet50")
     assert "`python speed.py --model resnet50-v2`" in notes[0]
-    write_record(
-        tmp_path, "resnet50-v2", [row("bn", bs, "eager", speed) for bs, speed in ((64, 40), (128, 50))]
-    )
-    capsys.readouterr()
+    rows = [row("bn", bs, "eager", images) for bs, images in ((64, 40), (128, 50))]
+    write_record(tmp_path, "resnet50-v2", rows)
     lines = [
         f"torchrun --nproc_per_node=8 {line}",
         f"torchrun --nproc_per_node=8 {line} --image-size 448 # large",
     ]
-    cost.cost(tmp_path / "speed", lines)
-    out = [text.replace(",", "").split() for text in capsys.readouterr().out.splitlines()]
-    (full,), (large,) = ([cells for cells in out if cells[0] == name] for name in ("these", "large"))
+    found, _ = cost_of(tmp_path, capsys, *lines)
     trained = math.ceil(90 * 1_281_167 / 1024) * 1024
-    assert [int(full[2]), float(full[3])] == [5, pytest.approx(5 * trained / 50 / 3600, rel=0.01)]
-    assert float(large[3]) == pytest.approx(4 * float(full[3]), rel=0.001)
+    hours = 5 * trained / 50 / 3600
+    assert found["these"] == pytest.approx([1, 5, hours, 5, hours], rel=0.001)
+    assert found["large"] == pytest.approx([1, 5, 4 * hours, 5, 4 * hours], rel=0.001)
 
 
 def test_records_of_other_devices_and_broken_ones(tmp_path, capsys):
@@ -311,7 +311,7 @@ def test_records_of_other_devices_and_broken_ones(tmp_path, capsys):
     with pytest.raises(UserError, match=r"speed\.py --amp bf16`"):
         cost_of(tmp_path, capsys, line.format("bf16"))
     with pytest.raises(UserError, match="no command line of this project: python nothing"):
-        cost_of(tmp_path, capsys, "nothing")
+        cost_of(tmp_path, capsys, "python nothing")
     with pytest.raises(UserError, match="no command lines"):
         cost_of(tmp_path, capsys)
 
