@@ -44,6 +44,10 @@ class Elsewhere(Exception):
     """All runs that are missing are in the hands of other processes."""
 
 
+class ErrorOfOneRank(UserError):
+    """A user's error that other ranks need not have: they may be waiting for this one."""
+
+
 def exit_code(main) -> int:
     """Call main() and turn what ends it into an exit code.
 
@@ -53,9 +57,12 @@ def exit_code(main) -> int:
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # all ranks of a machine have the same error
+        its_own = isinstance(error, ErrorOfOneRank)
+        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # others are those of all ranks of a machine
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        if its_own:
+            return 2
+        code = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -277,7 +284,8 @@ def train_point(script, point: Point, args):
     say("loading the images ...")
     data = load_on_all_ranks(script, args, device)
     commit()
-    start = functools.partial(make_run, script, data=data, args=args)
+    make = functools.partial(make_run, script, data=data, args=args)
+    start = functools.partial(start_next, point, make, args)
     limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
     with signals_ask_to_stop():
         train_side_by_side(point, limit, start, args, data)
@@ -322,54 +330,74 @@ def signals_ask_to_stop():
 
 def train_side_by_side(point: Point, limit: int, start, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
-    jobs, progress, saved, more = {}, Progress(), time.monotonic(), True
-    while True:
-        while more and len(jobs) < limit:
-            free = free_memory(data.device)
-            try:
-                key, job = start_next(point, jobs, start, args)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if not jobs:
-                    raise UserError("one run does not fit into the device's memory: try --micro") from None
-                limit = len(jobs)
-                say(f"the device's memory holds {limit} runs at a time")
+    jobs, progress, saved, ended = {}, Progress(), time.monotonic(), True
+    try:
+        while True:
+            if ended:
+                limit, ended = fill_places(start, jobs, limit, data.device, progress), False
+            if not jobs:
                 break
-            more = job is not None
-            if job:
-                jobs[key] = job
-                progress.add(job.run)
-                left = free_memory(data.device)
-                if left < 2 * (free - left):  # evaluation and other processes need some, too
-                    limit = len(jobs)
-        if not jobs:
+            due, together = time.monotonic() - saved > 60 * args.checkpoint_every, len(jobs)
+            for key, job in list(jobs.items()):
+                epoch = job.run.epoch
+                images = next_burst(job)
+                progress.bar.update(images or 0)
+                if job.run.epoch > epoch:
+                    progress.epoch(job.title, job.run, together)
+                    due = due or not data.on_device  # epochs of large images are long
+                if images is None:
+                    finish(point, key, job, args, together)
+                    del jobs[key]
+                    ended = True
+            stop = any(job.run.stopped for job in jobs.values())
+            if stop or due:
+                save(jobs.values())
+                saved = time.monotonic()
+            if stop:
+                agreed(None)  # torchrun ends the others soon after the first that leaves: all must be saved
+                raise Interrupted
+    finally:
+        progress.bar.close()
+        for job in jobs.values():
+            job.lock.close()
+
+
+def fill_places(start, jobs: dict, limit: int, device: torch.device, progress: Progress) -> int:
+    """Start missing runs until `limit` train at once; returns the limit, lower where memory is short."""
+    while len(jobs) < limit:
+        free = free_memory(device)
+        try:
+            key, job = start(jobs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if not jobs:
+                raise UserError("one run does not fit into the device's memory: try --micro") from None
+            say(f"the device's memory holds {len(jobs)} runs at a time")
+            return len(jobs)
+        if job is None:
             break
-        due = time.monotonic() - saved > 60 * args.checkpoint_every
-        for key, job in list(jobs.items()):
-            epoch = job.run.epoch
-            with on_stream(job.run):
-                images = next(job.training, None)
-            progress.bar.update(images or 0)
-            if job.run.epoch > epoch:
-                progress.epoch(job.title, job.run, len(jobs))
-                due = due or not data.on_device  # epochs of large images are long
-            if images is None:
-                finish(point, key, job, args, len(jobs))
-                del jobs[key]
-                more = True
-        stop = any(job.run.stopped for job in jobs.values())
-        if stop or due:
-            save(jobs.values())
-            saved = time.monotonic()
-        if stop:
-            progress.bar.close()
-            agreed(None)  # torchrun ends the others soon after the first that leaves: all must be saved
-            raise Interrupted
-    progress.bar.close()
+        jobs[key] = job
+        progress.add(job.run)
+        left = free_memory(device)
+        if left < 2 * (free - left):  # evaluation and other processes need some, too
+            return len(jobs)
+    return limit
 
 
-def start_next(point: Point, jobs: dict, start, args):
+def next_burst(job: Job) -> int | None:
+    """Make a run's next updates; returns how many images they took, or None at the run's end.
+
+    Raises ErrorOfOneRank for an image that cannot be read.
+    """
+    try:
+        with on_stream(job.run):
+            return next(job.training, None)
+    except UserError as error:
+        raise ErrorOfOneRank(str(error)) from None
+
+
+def start_next(point: Point, make, args, jobs: dict):
     """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
     key, lock = None, contextlib.ExitStack()
     while ranks()[0] == 0:
@@ -383,7 +411,7 @@ def start_next(point: Point, jobs: dict, start, args):
     if key is None:
         return None, None
     with lock:
-        run, path = start(point.config(key)), point.path(key)
+        run, path = make(point.config(key)), point.path(key)
         with on_stream(run):
             state = None if args.fresh else read_checkpoint(path, run.identity())
             if state:
