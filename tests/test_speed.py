@@ -37,7 +37,7 @@ def test_record_table_and_picture(tmp_path, capsys):
     (path,) = tmp_path.glob("speed/*.json")
     record = json.loads(path.read_text())
     assert (record["kind"], record["model"], record["limit"]) == ("speed", "wrn10-1", {})
-    assert record["device"] == runner.device_name(CPU) and record["threads"] == torch.get_num_threads()
+    assert record["device"] == points.device_name(CPU) and record["threads"] == torch.get_num_threads()
     rows = [Row(**r) for r in record["rows"]]
     ways = {("bn", "plain"), ("bn", "eager"), ("zeroinit", "eager")}
     assert {(r.method, r.bs, r.engine) for r in rows} == {(m, bs, e) for m, e in ways for bs in (4, 8)}
@@ -200,7 +200,7 @@ def write_record(folder, model, rows, made="2026-01-01 00:00:00 UTC", device=Non
     """A record of speed.py; the work of its net is known from a formula that is not the code's."""
     work = {"wrn16-4": wide_resnet_work(4), "resnet50-v2": 4.09e9}[model]
     record = {"kind": "speed", "made": made, "model": model, "multiplications": work}
-    record |= {"device": device or runner.device_name(CPU), "rows": [vars(r) for r in rows]}
+    record |= {"device": device or points.device_name(CPU), "rows": [vars(r) for r in rows]}
     (folder / "speed").mkdir(exist_ok=True)
     (folder / "speed" / f"{name or model}.json").write_text(json.dumps(record))
 
@@ -256,7 +256,7 @@ def test_cost_of_the_full_protocol(tmp_path, capsys):
     assert found["all"][:2] == [3, 3 * best]  # zeroinit counts once
     assert found["all"][4] == pytest.approx(every * (bn + 2 * zero), abs=0.1)
     (note,) = notes
-    assert "wrn16-4.json" in note and runner.device_name(CPU) in note
+    assert "wrn16-4.json" in note and points.device_name(CPU) in note
 
 
 def test_cost_of_a_reduced_protocol(tmp_path, capsys):
