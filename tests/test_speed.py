@@ -13,6 +13,7 @@ from PIL import Image
 import common
 import cost
 import data
+import points
 import resnet_imagenet
 import runner
 import speed
