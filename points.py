@@ -9,41 +9,58 @@ import contextlib
 import fcntl
 import math
 import os
-import shlex
+import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 import records
-from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, stop_asked
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
 from records import UserError, check_same, find_record, power, run_name, slug
 
 
 def say(text: str):
-    """Print a line, on the first of torchrun's ranks only."""
+    """Print a line, on the first of torchrun's ranks only; a progress bar stays below it."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+        flush(sys.stdout)
+
+
+def flush(file):
+    """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
+    try:
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------- flags
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high):
     """The type of a numeric flag: a number in [low, high), which may be written as a power (2^-2)."""
 
     def parse(text: str):
-        base, _, exponent = text.partition("^")
+        base, is_power, exponent = text.partition("^")
         try:
-            value = kind(base) ** int(exponent or 1)
+            value = kind(base)
+            if is_power and value >= 0:
+                value = float(value) ** int(exponent)
         except (OverflowError, ZeroDivisionError):
             value = math.inf
-        if not low <= value < high:
-            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else "")
-            raise argparse.ArgumentTypeError(f"should be {bounds}, not {text}")
-        return value
+        if not low <= value < high or value != kind(value):
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"should be a {what} of at least {low} and below {high}, not {text}"
+            )
+        return kind(value)
 
     parse.__name__ = kind.__name__
     return parse
@@ -54,16 +71,15 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-natural, positive = number(int, 0, 2**31), number(int, 1, 2**31)
+natural, positive, few = number(int, 0, 2**31), number(int, 1, 2**31), number(int, 1, 1000)
 coefficient, fraction, rate = number(float, 0, 1e30), number(float, 0, 1), number(float, 1e-12, 1e30)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, once per machine: torchrun's ranks all have the same flags."""
+    """A parser that raises UserError for bad flags."""
 
     def error(self, message):
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        self.exit(2, f"error: {message} (see --help)\n" if first else None)
+        raise UserError(f"{message} (see --help)")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -85,7 +101,7 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
     group = parser.add_argument_group("runs")
     seeds = group.add_mutually_exclusive_group()
-    seeds.add_argument("--seeds", type=positive, default=1, help="run the seeds 0 to N-1")
+    seeds.add_argument("--seeds", type=few, default=1, help="run the seeds 0 to N-1")
     seeds.add_argument("--seed", type=natural, help="run this seed only")
     add = group.add_argument
     add(
@@ -111,7 +127,9 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--verbose", action="store_true", help="print all flags as JSON")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
-    add("--watch", action="store_true", help="print a line for each run that such command lines finish")
+    add(
+        "--watch", type=int, nargs="*", metavar="PID", help="print a line for each run that such lines finish"
+    )
     parser.set_defaults(**defaults)
 
 
@@ -123,12 +141,15 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
     if args.alpha is not None and not method.scalar:
         parser.error(f"argument --alpha: --init {args.init} has no scalar that starts at zero")
     try:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
         slug(args.data_name)
-        args.precision = pick_precision(args.amp, find_device(args.device))
     except UserError as error:
-        parser.error(str(error))
+        parser.error(f"argument --data-name: {error}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
+    args.precision = pick_precision(args.amp, find_device(args.device))
+
+
+# ------------------------------------------------------------------------------------------------ device
 
 
 def find_device(name: str | None) -> torch.device:
@@ -147,6 +168,38 @@ def find_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What a record calls a device; a CPU's name comes with its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of `find_device`, set up for training; joins the ranks of torchrun."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave_ranks():
+    """Destroy the process groups and so end their threads, which could abort the interpreter as it ends.
+
+    See pytorch/pytorch#179291. Only where all ranks leave: after a fault of one, the others may be waiting.
+    """
+    rank_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------- a point
@@ -192,12 +245,13 @@ class Point:
             self.found |= new
 
     def result(self, key) -> str:
-        """A line for a run that is done."""
-        record = self.found[key]
+        """A line for a run that is done: what came of it, and where its record is."""
+        record, final = self.found[key], self.found[key]["final"]
         if record["status"] == "diverged":
-            return f"{self.title(key)}: diverged at update {record['diverged_at_step']}"
-        final = record["final"]
-        return f"{self.title(key)}: test {final['test_accuracy']:.1%}, loss {final['train_objective']:.3f}"
+            text = f"diverged at update {record['diverged_at_step']}"
+        else:
+            text = f"test {final['test_accuracy']:.1%}, loss {final['train_objective']:.3f}"
+        return f"{self.title(key)}: {text} ({self.path(key)})"
 
 
 def make_point(
@@ -233,6 +287,8 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
     """
     name, held = path.with_suffix(".lock"), contextlib.ExitStack()
     for _ in range(20):  # is_running() holds a lock for a moment
+        path.parent.mkdir(parents=True, exist_ok=True)  # a command that failed may have removed it
+        is_new = not name.exists()
         file = open(name, "a")  # noqa: SIM115
         try:
             flock(file, fcntl.LOCK_EX)
@@ -247,6 +303,10 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
             pass
         except BlockingIOError:
             time.sleep(0.01)
+        except UserError:
+            if is_new:
+                name.unlink(missing_ok=True)
+            raise
         file.close()
     return None
 
@@ -277,80 +337,80 @@ def is_running(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------- plan and status
 
 
+def describe(script, point: Point, args, classes: int) -> str:
+    """A line that says what is trained: net, size, batch, budget, rates, seeds, precision and device."""
+    key = point.rates[0], point.seeds[0]
+    with torch.device("meta"):
+        net = script.make_net(point.config(key), classes)
+    weights, epochs = sum(p.numel() for p in net.parameters()), point.shared["epochs"]
+    rates, many = [power(rate) for rate in sorted(point.rates)], len(point.rates) > 1
+    rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
+    seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
+    text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
+    text += (
+        f"B {point.shared['bs']}, {epochs} epochs, {rates}{'' if args.lr else ' (the default)'}, {seeds}, "
+    )
+    return text + f"{point.shared['precision']} on {find_device(args.device)}"
+
+
 def print_plan(script, point: Point, args):
     """Print what `train_point` would do: the net, the updates, the division of a batch, the runs."""
     images, classes = script.count_images(args)
-    plan, key = point.plan(), (point.rates[0], point.seeds[0])
-    config = point.config(key)
+    plan, config = point.plan(), point.config((point.rates[0], point.seeds[0]))
     bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
     if bs > images:
         raise UserError(f"--bs {bs} is more than the {images} training images")
-    with torch.device("meta"):
-        net = script.make_net(config, classes)
-    weights = sum(p.numel() for p in net.parameters())
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
     last = learning_rate(config["lr"], (steps - 1) * bs, budget, script.halvings)
     division = divide_batch(bs, config["ghost"], world, args.micro, find_device(args.device).type)
-    say(f"{point.prefix} {config['init']}: {weights:,} trainable parameters, {classes} classes")
-    say(f"{images:,} images, batches of {bs}: {steps:,} updates in {epochs} epochs, {config['precision']}")
+    say(describe(script, point, args, classes))
     constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)
-    say(f"learning rate constant for {constant:,} updates, then halved {halved:.0f} times")
+    say(f"{images:,} images: {steps:,} updates; after {constant:,} the rate is halved {halved:.0f} times")
     text = f"{world} ranks, each {division.per_rank} images of a batch in passes of {division.micro}"
     text += f", ghost batches of {division.ghost}" if division.ghost else ""
     say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
-    rates = ", ".join(power(rate) for rate in sorted(point.rates))
-    say(f"learning rates {rates}; {len(point.seeds)} seeds; at most {plan.at_most} runs")
+    say(f"at most {plan.at_most} runs, {len(point.found)} of them done:")
     for key in plan.asked:
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
 
 
-def read_points(point_of):
-    """The points of command lines on stdin, with the lines: [(line, point)]. `point_of(argv)` parses one."""
-    points = []
-    for line in filter(None, map(str.strip, sys.stdin)):
-        words = shlex.split(line, comments=True)
-        script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-        if script is None:
-            raise UserError(f"no command line of this project: {line}")
-        points.append((line, point_of(words[script + 1 :])))
-    return points
+# ---------------------------------------------------------------------------------------------- progress
 
 
-def print_status(points, failed_lines=frozenset()):
-    """Print a line per target: points finished, runs done, diverged, running and at most.
+class Progress:
+    """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
 
-    A line's target is its comment: `python wrn_cifar.py ... # table1`.
-    """
-    targets = {}
-    for line, point in points:
-        targets.setdefault(line.partition(" # ")[2], {})[point.path((0.0, 0))] = line, point
-    for target, its_points in targets.items():
-        done, diverged, running, finished, failed, most = 0, 0, 0, 0, 0, 0
-        for line, point in its_points.values():
-            plan = point.plan()
-            done += len(point.found)
-            diverged += sum(record["status"] == "diverged" for record in point.found.values())
-            running += sum(is_running(point.path(key)) for key in plan.missing)
-            finished += not plan.missing
-            failed += line.partition(" # ")[0] in failed_lines
-            most += plan.at_most
-        points = f"{finished}/{len(its_points)}"
-        print(f"{target:8} {points:>9} {done:6} {diverged:8} {running:7} {failed:6} {most:7}")
+    def __init__(self, point: Point):
+        self.point, self.count, self.said = point, "", -math.inf
+        hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
+        look = "{desc}{bar} {rate_fmt}, {remaining} left"
+        options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "bar_format": look}
+        self.bar = tqdm(desc="starting ", total=0, disable=hidden, leave=False, dynamic_ncols=True, **options)
 
+    def expect(self, runs: list):
+        """Count the images to go, when a run among `runs`, those under way, has started or ended."""
+        if self.bar.disable or not runs:
+            return
+        each = epoch_end(runs[0].config["epochs"] - 1, runs[0].data.train_images, runs[0].bs) * runs[0].bs
+        most, done = self.point.plan().at_most, len(self.point.found)
+        self.bar.total = self.bar.n + each * (most - done) - sum(run.updates * run.bs for run in runs)
+        self.count = f"[{done}/{most}] " if most > 1 else ""
+        self.show(runs[-1])
 
-def watch(points, interval: float = 1.0):
-    """Print a line for each run that is finished from now on, until `stop_asked`."""
-    points = list({point.path((1.0, 0)): point for _, point in points}.values())
-    most, seen = sum(point.plan().at_most for point in points), {id(p): set(p.found) for p in points}
-    done = before = sum(len(point.found) for point in points)
-    say(f"{len(points)} points, at most {most} runs, {done} of them done")
-    began, last = time.monotonic(), False
-    while not last:
-        last = stop_asked.wait(interval)  # before a last look
-        most = sum(point.plan().at_most for point in points)
-        for point in points:
-            for key in sorted(point.found.keys() - seen[id(point)]):
-                seen[id(point)].add(key)
-                done += 1
-                minutes = (time.monotonic() - began) / (done - before) * (most - done) / 60
-                say(f"[{done}/{most} runs, about {minutes:.0f} min] {point.result(key)}")
+    def show(self, run):
+        """Show where a run is."""
+        text = f"{self.count}epoch {min(run.epoch + 1, run.config['epochs'])}/{run.config['epochs']} "
+        text += f"loss {run.history[-1]['train_loss']:.3f} " if run.history else ""
+        tested = [entry["test_accuracy"] for entry in run.history if "test_accuracy" in entry]
+        self.bar.set_description_str(text + (f"test {tested[-1]:.1%} " if tested else ""))
+
+    def epoch(self, title: str, run):
+        """Show the last entry of a run's history."""
+        entry, epochs = run.history[-1], run.config["epochs"]
+        if not self.bar.disable:
+            self.show(run)
+        elif entry["epoch"] == epochs or time.monotonic() - self.said > 10:
+            self.said = time.monotonic()
+            text = f"{title}: epoch {entry['epoch']}/{epochs}, loss {entry['train_loss']:.3f}"
+            text += f", test {entry['test_accuracy']:.1%}" if "test_accuracy" in entry else ""
+            say(text + (f", {entry['data_wait']:.0%} waiting for data" if "data_wait" in entry else ""))

@@ -1,7 +1,6 @@
-"""What runs leave behind: names, records, the paper's statistics, and the runs that a search still needs.
+"""What runs leave behind: names, records, the paper's statistics, and which runs a search still needs.
 
-A record is the JSON file of one run, RESULTS/DATA/NAME.json, named by everything that decides the result.
-A run is done if and only if its valid record exists. Standard library only.
+A record is one run's JSON file, RESULTS/DATA/NAME.json; a run is done if and only if it is there and valid.
 """
 
 import contextlib
@@ -16,7 +15,6 @@ from statistics import fmean, stdev
 
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
 NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
-ENTRY = ("epoch", "lr", "train_loss", "l2", "train_accuracy", "seconds")  # of each epoch in a history
 FINAL = ("test_accuracy", "train_loss", "train_objective")
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
@@ -35,17 +33,17 @@ def slug(data_name: str) -> str:
     """The folder of a data set's records. Raises UserError for a name that gives none."""
     folder = "-".join("".join(c if c.isalnum() else " " for c in data_name.lower()).split())
     if not folder or len(folder.encode()) > 100 or folder in NOT_DATA:
-        rule = f"it needs 1 to 100 letters and digits, and is not one of {', '.join(NOT_DATA)}"
-        raise UserError(f"the data set's name {data_name[:100]!a} gives no folder name: {rule}")
+        rule = f"1 to 100 letters and digits, and not {', '.join(NOT_DATA)}"
+        raise UserError(f"the data set's name {data_name[:100]!a} gives no folder: it needs {rule}")
     return folder
 
 
 def run_name(prefix: str, config: dict, defaults: dict) -> str:
-    """The name of a run's record, without suffix; of the options in `defaults` those that are not so."""
+    """The name of a run's record, without suffix; it shows those of the options in `defaults` that differ."""
     name = f"{prefix}_{config['init']}_bs{config['bs']}_lr{power(config['lr'])}_ep{config['epochs']}"
     for key in (key for key in defaults if config[key] not in (None, defaults[key])):
         value, word = config[key], key.replace("_", "")
-        option = value if isinstance(value, str) else word if value is True else f"{word}{value}"
+        option = word if value is True else value if isinstance(value, str) else f"{word}{value}"
         name += "_" + option.removesuffix(".0")
     return f"{name}_s{config['seed']:02d}"
 
@@ -77,35 +75,32 @@ def read_record(path: Path) -> dict:
 def check_record(record: dict, name: str):
     """Raise ValueError unless a record is complete, and its parts and the file's name agree."""
     config, history, final, status = (record[key] for key in ("config", "history", "final", "status"))
-    wrn, lr, sizes = config["model"] == "wrn", config["lr"], ("bs", "epochs", "depth", "width")
-    right = {"model": wrn or config["model"] == "resnet50", "lr": is_number(lr, sys.float_info.min)}
-    right |= {} if wrn else {"version": config["version"] in ("v1", "v2")}
-    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
-    right |= {key: is_number(config[key], 1, kind=int) for key in sizes[: 4 if wrn else 2]}
+    wrn, diverged, epochs = config["model"] == "wrn", status == "diverged", config["epochs"]
+    right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
     right |= {"seed": is_number(config["seed"], 0, kind=int)}
-    for key, holds in right.items():
-        check(holds, f"its {key} cannot be {config[key]!r}")
-    for part in (f"_lr{power(lr)}_", f"_s{config['seed']:02d}.json"):
+    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
+    right |= {} if wrn else {"version": config.get("version") in ("v1", "v2")}
+    sizes = ("bs", "epochs", "depth", "width") if wrn else ("bs", "epochs")
+    for key, holds in (right | {key: is_number(config[key], 1, kind=int) for key in sizes}).items():
+        check(holds, f"its {key} cannot be {config.get(key)!r}")
+    for part in (f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}.json"):
         check(part in name, f"its name does not agree with its configuration: {part} is not in it")
-    check(isinstance(record["data"]["fingerprint"], str), "the fingerprint of its data is not a text")
-    check(isinstance(record["environment"], dict), "its environment is not an object")
+    kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
+    check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
     for epoch, entry in enumerate(history, 1):
         check(entry["epoch"] == epoch, f"its history has epoch {entry['epoch']} in place of {epoch}")
-        for key in (*ENTRY, *entry):
+        for key in ("lr", "train_loss", "l2", "train_accuracy", "seconds", *entry):
             holds = is_number(entry[key], *BOUNDS.get(key, ()))
             check(holds, f"its {key} at epoch {epoch} cannot be {entry[key]!r}")
-    diverged, budget = status == "diverged", config["epochs"]
     check(diverged or status == "done", f"its status is {status!r}, neither done nor diverged")
-    check(diverged or len(history) == budget, f"its history ends at epoch {len(history)} of {budget}")
-    check(
-        not diverged or is_number(record["diverged_at_step"], 0, kind=int),
-        "its diverged_at_step is not a step",
-    )
-    end = {} if diverged else history[-1] | {"train_objective": history[-1]["train_loss"] + history[-1]["l2"]}
+    check(diverged or len(history) == epochs, f"its history ends at epoch {len(history)} of {epochs}")
+    check(not diverged or is_number(record["diverged_at_step"], 0, kind=int), "it diverged at no step")
+    last = dict.fromkeys(final) if diverged else dict(history[-1])
+    last |= {} if diverged else {"train_objective": last["train_loss"] + last["l2"]}
     for key in (*FINAL, *final):
-        ours, value = None if diverged else end[key], final[key]
+        value, ours = final[key], last[key]
         agrees = value is None if diverged else is_number(value) and math.isclose(value, ours, rel_tol=1e-9)
-        check(agrees, f"its final {key} is {value!r}, where its history ends with {ours}")
+        check(agrees, f"its final {key} is {value!r}, and {ours} at the end of its history")
 
 
 def find_record(path: Path) -> dict | None:
@@ -154,7 +149,7 @@ def check_same(path: Path, theirs: dict, ours: dict):
 def read_all(folder: Path) -> tuple[list[dict], dict[str, str]]:
     """The records of runs in RESULTS, each with its "file", DATA/NAME.json; {file: problem} of the rest."""
     records, problems = {}, {}
-    for path in sorted(path for path in folder.glob("[!.]*/[!.]*.json") if path.parent.name not in NOT_DATA):
+    for path in sorted(p for p in folder.glob("[!.]*/[!.]*.json") if p.parent.name not in NOT_DATA):
         record = {"file": f"{path.parent.name}/{path.name}"}
         try:
             record |= read_record(path)
@@ -201,10 +196,9 @@ def statistic(finals: list[dict], metric: Metric) -> Stat:
     """The paper's statistic of the runs at one rate; a diverged run is worse than any other."""
     done = [final for final in finals if final[metric.key] is not None]
     best = sorted(done, key=lambda final: -metric.sign * final[metric.key])[: kept(len(finals))]
-    scores = [final[metric.key] for final in best]
-    enough = scores and len(scores) == kept(len(finals))
-    std = stdev(scores) if enough and len(scores) > 1 else None
-    return Stat(fmean(scores) if enough else None, std, len(finals), best)
+    scores = [final[metric.key] for final in best] if len(best) == kept(len(finals)) else []
+    mean, std = fmean(scores) if scores else None, stdev(scores) if scores[1:] else None
+    return Stat(mean, std, len(finals), best)
 
 
 def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
@@ -229,10 +223,9 @@ class Plan:
 
 
 def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int = EXTEND) -> Plan:
-    """What a search needs next, where `outcomes` maps (rate, seed) to the `final` of a record.
+    """What a search needs next; `outcomes` maps (rate, seed) to the `final` of a record.
 
-    The search is replayed from its start, stage by stage, and sees only outcomes that it asked for: its runs
-    are the same whatever their order and whatever else was run.
+    It is replayed by stages that see only outcomes that it asked for: order and other runs change nothing.
     """
     rates, seeds, notes, missing, counts = sorted(set(rates)), list(dict.fromkeys(seeds)), [], [], {}
     limits, full = (rates[0] / 2**extend, rates[-1] * 2**extend), len(seeds)
@@ -255,23 +248,23 @@ def next_stage(found: dict, metrics, search: str, full: int, limits) -> tuple[di
     """What a search asks for after the outcomes `found`, {rate: so many of its first seeds}; and notes.
 
     Rates beyond an optimal edge come first, or below the lowest where all diverged. Then, for "best", all
-    seeds at each metric's best rate, at its neighbours, and at rates whose mean with fewer seeds is better.
+    seeds at each metric's best rate, its neighbours, and rates that with fewer seeds are better or tied.
     """
     order, beyond, around = sorted(found), set(), set()
     for metric in metrics:
-        means = {rate: mean for rate in order if (mean := statistic(found[rate], metric).mean) is not None}
-        whole = [rate for rate in means if len(found[rate]) == full] or means
-        best = max(whole, key=lambda rate: metric.sign * means[rate], default=order[0])
+        stats = {rate: stat for rate in order if (stat := statistic(found[rate], metric)).mean is not None}
+        whole = [rate for rate in stats if len(found[rate]) == full] or stats
+        best = max(whole, key=lambda rate: metric.sign * stats[rate].mean, default=order[0])
         beyond |= {best / 2} if best == order[0] else set()
-        beyond |= {best * 2} if best == order[-1] and means else set()
-        if means:
+        beyond |= {best * 2} if best == order[-1] and stats else set()
+        if stats:
             around |= {*order[max(0, order.index(best) - 1) : order.index(best) + 2]}
-            around |= {rate for rate in means if metric.sign * (means[rate] - means[best]) > 0}
+            least = metric.sign * stats[best].mean - (stats[best].std or 0)
+            around |= {rate for rate in stats if metric.sign * stats[rate].mean > least}
     new = {rate: 1 if search == "best" else full for rate in beyond if limits[0] <= rate <= limits[1]}
     notes = [f"the search would go on to {power(rate)}, but stops" for rate in sorted(beyond - new.keys())]
     for rate in around if search == "best" and not new else ():
         n, diverged = len(found[rate]), sum(final[metrics[0].key] is None for final in found[rate])
-        spare = full - kept(full) - diverged  # where it can have no mean, fewer seeds may show this
-        wanted = min(full, n + max(0, spare + 1)) if diverged else full
-        new |= {rate: wanted} if wanted > n else {}
-    return new, notes
+        fewest = n + max(0, full - kept(full) + 1 - diverged)  # seeds that could leave it without a mean
+        new |= {rate: min(full, fewest) if diverged else full}
+    return {rate: n for rate, n in new.items() if n > len(found.get(rate, ()))}, notes

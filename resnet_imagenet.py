@@ -12,6 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("loading PyTorch ...", file=sys.stderr)
+
 import data
 import points
 import runner
@@ -90,18 +93,12 @@ def make_net(config: dict, classes: int) -> ResNet50:
 def load_data(args: argparse.Namespace, device) -> data.ImageNet:
     """The images that the flags name; worker processes decode them."""
     if args.data == "shapes":
-        train, val = (
-            data.shapes(n, seed, args.image_size) for n, seed in ((data.SHAPES, 0), (data.SHAPES_TEST, 1))
-        )
+        train = data.shapes(data.SHAPES, 0, args.image_size)
+        val = data.shapes(data.SHAPES_TEST, 1, args.image_size)
         classes, fingerprint = 10, data.fingerprint(*train, *val)
     else:
-        listing = data.list_images(args.data_dir, PARTS)
-        train, val, classes, fingerprint = (
-            listing.train,
-            listing.test,
-            len(listing.classes),
-            listing.fingerprint,
-        )
+        train, val, names, fingerprint = data.list_images(args.data_dir, PARTS)
+        classes = len(names)
     size, workers = args.image_size, args.workers
     return data.ImageNet(args.data_name, train, val, fingerprint, device, classes, size, workers)
 

@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -26,11 +25,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+import progress
 import records
-from common import Run, epoch_end, rank_group, ranks, stop_asked, stream_seed, train
-from points import Point, find_device, print_plan, print_status, read_points, say, take_lock, watch
+from common import Run, ranks, stop_asked, stream_seed, train
+from points import (
+    Point,
+    Progress,
+    describe,
+    device_name,
+    flush,
+    leave_ranks,
+    pick_device,
+    print_plan,
+    say,
+    take_lock,
+)
 from records import UserError, atomic_write, check_same, find_record
 
 # -------------------------------------------------------------------------------------------- exit codes
@@ -40,34 +50,36 @@ class Interrupted(Exception):
     """A signal asked for the end, and what was trained so far is saved."""
 
 
+class OwnError(UserError):
+    """What only this rank has seen; other errors are those of all ranks, and one per machine says so."""
+
+
 class Elsewhere(Exception):
     """All runs that are missing are in the hands of other processes."""
 
 
-class ErrorOfOneRank(UserError):
-    """A user's error that other ranks need not have: they may be waiting for this one."""
+def complain(text: str):
+    """Print an error, if there still is somebody to see it."""
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr)
 
 
 def exit_code(main) -> int:
-    """Call main() and turn what ends it into an exit code.
+    """Call main() and turn what ends it, or what it returns, into an exit code.
 
     0 done, 1 failed, 2 bad usage or data, 75 interrupted, 76 the rest is in other processes' hands.
     """
-    code = 0
     try:
-        main()
+        code = main() or 0
     except UserError as error:
-        its_own = isinstance(error, ErrorOfOneRank)
-        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:  # others are those of all ranks of a machine
-            print(f"error: {error}", file=sys.stderr)
-        if its_own:
-            return 2
-        code = 2
+        if isinstance(error, OwnError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            complain(str(error))
+        return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the disk"
-        print(f"error: {where}: {error.strerror}; free some space and run again", file=sys.stderr)
+        complain(f"{where}: {error.strerror}; free some space and run again")
         return 1
     except (KeyboardInterrupt, Interrupted):
         say("interrupted: the same command goes on from here")
@@ -75,38 +87,14 @@ def exit_code(main) -> int:
     except Elsewhere as error:
         say(str(error))
         code = 76
+    finally:
+        flush(sys.stdout)
+        flush(sys.stderr)
     leave_ranks()
     return code
 
 
-# ------------------------------------------------------------------------------------------------ device
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of `find_device`, set up for training; joins the ranks of torchrun."""
-    device = find_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def leave_ranks():
-    """Destroy the process groups and so end their threads, which could abort the interpreter as it ends.
-
-    See pytorch/pytorch#179291. Only where all ranks leave: after a fault of one, the others may be waiting.
-    """
-    rank_group.cache_clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# ------------------------------------------------------------------------------------------------- ranks
 
 
 def agreed(value):
@@ -152,13 +140,25 @@ def commit() -> str | None:
         return None
 
 
-def check_writable(folder: Path):
-    """Make the folder if need be. Raises UserError if no file can be written in it."""
+@contextlib.contextmanager
+def output_folder(folder: Path):
+    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
+
+    Raises UserError if no file can be written in it.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def load_tensors(path: Path) -> dict:
@@ -173,8 +173,8 @@ def load_tensors(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    except Exception as error:  # a damaged file can be wrong in any way
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
 def checkpoint_files(path: Path) -> list[Path]:
@@ -214,44 +214,35 @@ def remove_checkpoint(path: Path):
         name.unlink(missing_ok=True)
 
 
+def weights_file(path: Path) -> Path:
+    """Where --save-weights leaves the net of a record's run."""
+    return path.with_suffix(".pt")
+
+
 def save_weights(path: Path, run: Run):
     """Leave a run's net beside its record, with what is needed to use it."""
     about = {key: getattr(run.data, key) for key in ("classes", "mean", "std")}
-    with atomic_write(path.with_suffix(".pt")) as file:
-        torch.save({"config": run.config, **about, "state_dict": run.net.state_dict()}, file)
+    state = {name: tensor.cpu() for name, tensor in run.net.state_dict().items()}
+    with atomic_write(weights_file(path)) as file:
+        torch.save({"config": run.config, **about, "state_dict": state}, file)
+
+
+def load_weights(path: Path, run: Run):
+    """Give a run the net of a weights file. Raises UserError for one that is damaged or of another run."""
+    try:
+        saved = load_tensors(path)
+        config, classes, state = saved["config"], saved["classes"], saved["state_dict"]
+        check_same(path, config, run.config)
+        if classes != run.data.classes:
+            raise UserError(f"{path} is for {classes} classes, but the images have {run.data.classes}")
+        run.net.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is damaged, or not of this code: {' '.join(str(error).split())[:200]}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------- training
-
-
-class Progress:
-    """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
-
-    def __init__(self):
-        self.said = -math.inf
-        hidden = not sys.stderr.isatty() or ranks()[0] > 0
-        look = "{desc}{bar} {rate_fmt}, {remaining} left"
-        options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "bar_format": look, "ncols": 80}
-        self.bar = tqdm(total=0, disable=hidden, **options)
-
-    def add(self, run: Run):
-        """Count the images of a run that starts or goes on."""
-        steps = epoch_end(run.config["epochs"] - 1, run.data.train_images, run.bs)
-        self.bar.total += steps * run.bs
-        self.bar.update(run.updates * run.bs)
-
-    def epoch(self, title: str, run: Run, together: int):
-        """Show the last entry of a run's history."""
-        entry, epochs = run.history[-1], run.config["epochs"]
-        text = f"epoch {entry['epoch']}/{epochs}, loss {entry['train_loss']:.3f}"
-        text += f", test {entry['test_accuracy']:.1%}" if "test_accuracy" in entry else ""
-        if not self.bar.disable:
-            many = f"{together} runs, " if together > 1 else ""
-            self.bar.set_description_str(f"{many}{text} ")
-        elif entry["epoch"] == epochs or time.monotonic() - self.said > 10:
-            self.said = time.monotonic()
-            wait = f", {entry['data_wait']:.0%} waiting for data" if "data_wait" in entry else ""
-            say(f"{title}: {text}{wait}")
 
 
 @dataclass
@@ -273,26 +264,38 @@ def train_point(script, point: Point, args):
     """
     device = pick_device(args.device)
     plan = agreed(point.plan())
-    for key in point.found:
+    for key in sorted(point.found):
         remove_checkpoint(point.path(key))
-        say(f"{point.result(key)} ({point.path(key)})")
-    if point.found and args.save_weights:
-        say("--save-weights keeps nothing of runs that are done: train them again with another --out")
+        say(point.result(key))
+    done = [key for key, record in point.found.items() if record["status"] == "done"]
+    if args.save_weights and not all(weights_file(point.path(key)).exists() for key in done):
+        say("--save-weights does nothing for runs that are done: with another --out they are trained again")
     if not plan.missing:
         return say_end(point, plan)
-    check_writable(point.folder)
-    say("loading the images ...")
-    data = load_on_all_ranks(script, args, device)
-    commit()
-    make = functools.partial(make_run, script, data=data, args=args)
-    start = functools.partial(start_next, point, make, args)
-    limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
-    with signals_ask_to_stop():
-        train_side_by_side(point, limit, start, args, data)
+    with output_folder(point.folder):
+        say("loading the images ...")
+        with signals_ask_to_stop(at_once=True):
+            data = load_on_all_ranks(script, args, device)
+        check_images(point, data)
+        say(describe(script, point, args, data.classes))
+        commit()
+        start = functools.partial(make_run, script, data=data, args=args)
+        limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
+        with signals_ask_to_stop():
+            train_side_by_side(point, limit, start, args, data)
     plan = agreed(point.plan())
     if plan.missing:
-        raise Elsewhere(f"{len(plan.missing)} runs are in the hands of other processes")
+        raise Elsewhere(f"the rest is in the hands of other processes ({len(plan.missing)} runs)")
     say_end(point, plan)
+
+
+def check_images(point: Point, data):
+    """Raise UserError if a record of the point was made with other images."""
+    for key, record in point.found.items():
+        if record["data"]["fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"{point.path(key)} was made with other images of that name: choose another --out"
+            )
 
 
 def make_run(script, config: dict, data, args) -> Run:
@@ -307,7 +310,7 @@ def say_end(point: Point, plan: records.Plan):
     """Say that a point is finished."""
     for note in plan.notes:
         say(note)
-    say(f"all {len(plan.asked)} runs are done; `python plot.py {point.folder.parent}` makes the report")
+    say(f"all is done ({len(plan.asked)} runs): `python plot.py {point.folder.parent}` makes the report")
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
@@ -316,11 +319,20 @@ def side_by_side(device: torch.device, bs: int) -> int:
 
 
 @contextlib.contextmanager
-def signals_ask_to_stop():
-    """Let signals finish the updates under way and save, rather than end the process."""
+def signals_ask_to_stop(at_once: bool = False):
+    """Let signals finish the updates under way and save, rather than end the process.
+
+    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
+    """
+
+    def stop(*_):
+        stop_asked.set()
+        if at_once:
+            raise KeyboardInterrupt
+
     stop_asked.clear()
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
-    before = {number: signal.signal(number, lambda *_: stop_asked.set()) for number in numbers}
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
@@ -330,25 +342,26 @@ def signals_ask_to_stop():
 
 def train_side_by_side(point: Point, limit: int, start, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
-    jobs, progress, saved, ended = {}, Progress(), time.monotonic(), True
+    jobs, display, saved, more = {}, Progress(point), time.monotonic(), True
     try:
         while True:
-            if ended:
-                limit, ended = fill_places(start, jobs, limit, data.device, progress), False
+            if more:
+                limit, more = fill(point, jobs, limit, start, args, data.device)
+                display.expect([job.run for job in jobs.values()])
             if not jobs:
-                break
+                return
             due, together = time.monotonic() - saved > 60 * args.checkpoint_every, len(jobs)
             for key, job in list(jobs.items()):
                 epoch = job.run.epoch
-                images = next_burst(job)
-                progress.bar.update(images or 0)
+                images = advance(job)
+                display.bar.update(images or 0)
                 if job.run.epoch > epoch:
-                    progress.epoch(job.title, job.run, together)
+                    display.epoch(job.title, job.run)
                     due = due or not data.on_device  # epochs of large images are long
                 if images is None:
                     finish(point, key, job, args, together)
                     del jobs[key]
-                    ended = True
+                    more = True
             stop = any(job.run.stopped for job in jobs.values())
             if stop or due:
                 save(jobs.values())
@@ -357,47 +370,43 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                 agreed(None)  # torchrun ends the others soon after the first that leaves: all must be saved
                 raise Interrupted
     finally:
-        progress.bar.close()
+        display.bar.close()
         for job in jobs.values():
             job.lock.close()
 
 
-def fill_places(start, jobs: dict, limit: int, device: torch.device, progress: Progress) -> int:
-    """Start missing runs until `limit` train at once; returns the limit, lower where memory is short."""
+def advance(job: Job) -> int | None:
+    """Train a run for a burst of updates: how many images these took, or None at the end of the run."""
+    try:
+        with on_stream(job.run):
+            return next(job.training, None)
+    except UserError as error:  # in the images that this rank reads
+        raise OwnError(str(error)) from None
+
+
+def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int, bool]:
+    """Start runs until `limit` are under way: how many of them fit, and False if none is left to start."""
     while len(jobs) < limit:
         free = free_memory(device)
         try:
-            key, job = start(jobs)
+            key, job = start_next(point, jobs, start, args)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if not jobs:
                 raise UserError("one run does not fit into the device's memory: try --micro") from None
             say(f"the device's memory holds {len(jobs)} runs at a time")
-            return len(jobs)
+            return len(jobs), True
         if job is None:
-            break
+            return limit, False
         jobs[key] = job
-        progress.add(job.run)
         left = free_memory(device)
         if left < 2 * (free - left):  # evaluation and other processes need some, too
-            return len(jobs)
-    return limit
+            return len(jobs), True
+    return limit, True
 
 
-def next_burst(job: Job) -> int | None:
-    """Make a run's next updates; returns how many images they took, or None at the run's end.
-
-    Raises ErrorOfOneRank for an image that cannot be read.
-    """
-    try:
-        with on_stream(job.run):
-            return next(job.training, None)
-    except UserError as error:
-        raise ErrorOfOneRank(str(error)) from None
-
-
-def start_next(point: Point, make, args, jobs: dict):
+def start_next(point: Point, jobs: dict, start, args):
     """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
     key, lock = None, contextlib.ExitStack()
     while ranks()[0] == 0:
@@ -411,7 +420,7 @@ def start_next(point: Point, make, args, jobs: dict):
     if key is None:
         return None, None
     with lock:
-        run, path = make(point.config(key)), point.path(key)
+        run, path = start(point.config(key)), point.path(key)
         with on_stream(run):
             state = None if args.fresh else read_checkpoint(path, run.identity())
             if state:
@@ -465,7 +474,7 @@ def finish(point: Point, key, job: Job, args, concurrent: int):
         records.write_record(job.path, outcome(run, concurrent))
         remove_checkpoint(job.path)
         point.plan()
-        say(f"{point.result(key)} ({job.path})")
+        say(point.result(key))
     job.lock.close()
 
 
@@ -489,21 +498,21 @@ def outcome(run: Run, concurrent: int) -> dict:
 
 def print_accuracy(script, point: Point, args):
     """Print the test accuracy of saved weights or checkpoints. Raises UserError where there is neither."""
-    device = pick_device(args.device)
+    device, asked = pick_device(args.device), point.plan().asked
+    for path in map(point.path, asked):
+        if not any(each.exists() for each in (weights_file(path), *checkpoint_files(path))):
+            raise UserError(
+                f"--eval-only: there is neither {weights_file(path)} nor {checkpoint_files(path)[0]}"
+            )
     data = load_on_all_ranks(script, args, device)
-    for key in point.plan().asked:
-        path, config = point.path(key), point.config(key)
-        run = make_run(script, config, data, args)
-        weights = path.with_suffix(".pt")
-        try:
-            if weights.exists():
-                run.net.load_state_dict(load_tensors(weights)["state_dict"])
-            elif state := read_checkpoint(path, run.identity()):
-                run.load(state)
-            else:
-                raise UserError(f"--eval-only: there is neither {weights} nor {checkpoint_files(path)[0]}")
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise UserError(f"{weights} does not fit: {' '.join(str(error).split())[:200]}") from None
+    for key in asked:
+        path, run = point.path(key), make_run(script, point.config(key), data, args)
+        if weights_file(path).exists():
+            load_weights(weights_file(path), run)
+        elif state := read_checkpoint(path, run.identity()):
+            run.load(state)
+        else:
+            raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
         shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
         say(f"{point.title(key)}: {shares}")
 
@@ -525,10 +534,10 @@ class Script:
     def main(self, argv=None):
         """Do what the flags ask for."""
         args = self.parse_args(argv)
-        if args.status or args.watch:
-            points = read_points(lambda words: self.make_point(self.parse_args(words)))
-            with signals_ask_to_stop():
-                return print_status(points) if args.status else watch(points)
+        if args.status:
+            return progress.print_status(progress.read_lines())
+        if args.watch is not None:
+            return progress.watch(progress.read_lines(), args.watch)
         if args.verbose:
             say(json.dumps(vars(args), default=str))
         point = self.make_point(args)

@@ -10,12 +10,15 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and sys.stderr.isatty():
+    print("loading PyTorch ...", file=sys.stderr)
+
 import data
 import points
 import runner
 from common import METHODS, WideResNet
 from points import Parser, fraction, natural, positive
-from records import ACCURACY, LOSS
+from records import ACCURACY, LOSS, UserError
 
 HALVINGS = 10  # at 100, 110, ..., 190 of 200 epochs (section 3)
 INITS = [init for init, method in METHODS.items() if not method.last_bias]  # that one is for ResNet-V1
@@ -100,6 +103,8 @@ def load_data(args: argparse.Namespace, device) -> data.Images:
 def count_images(args: argparse.Namespace) -> tuple[int, int]:
     """How many training images and classes there are, without reading them."""
     images, classes = data.count_images(args.data, args.data_dir)
+    if args.train_size and args.train_size > images:
+        raise UserError(f"--train-size {args.train_size} is more than the {images} training images")
     return args.train_size or images, classes
 
 
