@@ -10,6 +10,7 @@ import fcntl
 import math
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,6 +272,27 @@ def make_point(
     seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
     folder = args.out / slug(args.data_name)
     return Point(folder, prefix, shared, defaults, rates, seeds, args.search, metrics)
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path):
+    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
+
+    Raises UserError if no file can be written in it.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def take_lock(path: Path) -> contextlib.ExitStack | None:

@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from points import (
     device_name,
     flush,
     leave_ranks,
+    output_folder,
     pick_device,
     print_plan,
     say,
@@ -44,6 +44,10 @@ from points import (
 from records import UserError, atomic_write, check_same, find_record
 
 # -------------------------------------------------------------------------------------------- exit codes
+
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT
+WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
 class Interrupted(Exception):
@@ -69,6 +73,8 @@ def exit_code(main) -> int:
 
     0 done, 1 failed, 2 bad usage or data, 75 interrupted, 76 the rest is in other processes' hands.
     """
+    with contextlib.suppress(AttributeError):  # a stream in memory has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:
@@ -76,10 +82,13 @@ def exit_code(main) -> int:
             complain(str(error))
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename or 'the disk'}: {error.strerror}"
+        if error.errno in WRONG_PATH:
+            complain(where)
+            return 2
+        if error.errno not in FULL_DISK:
             raise
-        where = error.filename or "the disk"
-        complain(f"{where}: {error.strerror}; free some space and run again")
+        complain(f"{where}; free some space and run again")
         return 1
     except (KeyboardInterrupt, Interrupted):
         say("interrupted: the same command goes on from here")
@@ -140,27 +149,6 @@ def commit() -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def output_folder(folder: Path):
-    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
-
-    Raises UserError if no file can be written in it.
-    """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for each in made:
-                each.rmdir()
-        raise
-
-
 def load_tensors(path: Path) -> dict:
     """What torch.save wrote to a file, on the CPU. Raises ValueError for a damaged file, in one line.
 
@@ -211,7 +199,8 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
 def remove_checkpoint(path: Path):
     """The run is over, or begins again."""
     for name in checkpoint_files(path):
-        name.unlink(missing_ok=True)
+        if name.exists():  # unlink() fails on a disk that is read-only, also where there is nothing
+            name.unlink(missing_ok=True)
 
 
 def weights_file(path: Path) -> Path:
@@ -444,7 +433,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    texts = "out of memory", "unable to find an engine"
+    texts = "out of memory", "unable to find an engine", "can't allocate memory"
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return isinstance(error, torch.OutOfMemoryError) or by_text or is_out_of_memory(error.__context__)
 

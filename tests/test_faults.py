@@ -359,6 +359,17 @@ def test_a_results_folder_that_is_read_only():
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
+def test_finished_runs_on_a_disk_that_is_read_only(small_disk, capsys):
+    assert script("--out", small_disk) == 0
+    capsys.readouterr()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert script("--out", small_disk) == 0
+    assert f"{NAME}.json)" in capsys.readouterr().out
+    assert script("--out", small_disk, "--seeds", 2) == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system" in error and error.count("\n") == 1
+
+
 def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
