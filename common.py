@@ -546,8 +546,9 @@ class BatchNormOverRanks(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, group):
         ranks, images = dist.get_world_size(group), x.numel() // x.shape[1]
         mine = torch.cat(torch.batch_norm_stats(x, eps))  # mean and 1/deviation, float32
-        every = mine.new_empty(ranks, *mine.shape)
-        dist.all_gather_into_tensor(every, mine, group=group)
+        every = mine.new_zeros(ranks, len(mine))
+        every[dist.get_rank(group)] = mine
+        dist.all_reduce(every, group=group)
         counts = mine.new_full((ranks,), images)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(
             x, *every.chunk(2, 1), running_mean, running_var, momentum, eps, counts

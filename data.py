@@ -1,7 +1,7 @@
-"""Images: CIFAR-10 and CIFAR-100, folders of pictures, ImageNet through worker processes, generated shapes.
+"""The images: CIFAR-10 and CIFAR-100, folders, ImageNet through worker processes, generated shapes.
 
 `Images` holds a small data set on the device; `ImageNet` has worker processes decode and crop large pictures.
-Both offer what `common.Run` needs, and say what they hold: `name`, `fingerprint`, `classes` (how many), `mean` and
+Both offer what `common.Run` needs, and their `name`, `fingerprint`, `classes` (how many), and the `mean` and
 `std` of the standardization (three channels each, for pixels in [0, 1]).
 """
 
@@ -12,30 +12,35 @@ import hashlib
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
 import random
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
 from tqdm import tqdm
 
 from common import stop_asked, stream_seed
 from records import UserError, atomic_write
 
+decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)  # PIL's pixels in less time, deprecated in 0.29
 SHAPES, SHAPES_TEST = 4096, 1000  # images of the generated data
+PATTERNS = "F0F0 FF00 9999 9696 9966 F999 6600 FF66 F690 F096"  # bars, chequers, a grid, dots, arrows
 CIFAR = {"cifar10": ("CIFAR-10", 10), "cifar100": ("CIFAR-100", 100)}
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's pixels: red, green, blue
 CENTRE = -1  # stands in place of a crop's random number, for the crop of validation
 CHUNK = 64  # images that a worker process decodes at a time
 POLL, PATIENCE = 5, 300  # seconds between looks for a request to stop, and until missing images are an error
+STUCK = []  # iterators that are not to be collected: one would wait 5 seconds for each worker that hangs
 QUIET = int(os.environ.get("LOCAL_RANK", 0)) > 0  # the first of a machine's ranks speaks for all
 progress = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
 
@@ -85,7 +90,7 @@ class Images:
         return ((rows,) for rows in batches)
 
     def train_batch(self, rows: torch.Tensor):
-        """The images of rows, cropped, flipped, standardized, (B, 3, H, W) channels last, and their labels."""
+        """The images of rows, cropped, flipped, standardized, (B, 3, H, W), channels last; and labels."""
         first, flip, labels = rows.unbind(1)
         return self.standardize(self.pixels[first[:, None] + self.crop[flip]]), labels
 
@@ -131,25 +136,21 @@ def load_cifar(name: str, folder: Path):
 
     torchvision checks MD5 sums before it unpickles; one process downloads at a time. Raises UserError.
     """
-    from torchvision import datasets
-
     (title, classes), kind = CIFAR[name], getattr(datasets, name.upper())
     try:
         try:
             train = kind(folder, train=True)
         except RuntimeError:  # absent or corrupt
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / ".download.lock", "w") as lock, contextlib.redirect_stdout(sys.stderr):
+            with open(folder / ".download.lock", "w") as lock:
                 if not QUIET:
-                    print(f"{title} is not in {folder}: downloading it")
+                    print(f"{title} is not in {folder}: downloading it", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 train = kind(folder, train=True, download=True)
         test = kind(folder, train=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{title} is not in {folder} and could not be downloaded ({error}). Put {kind.filename} there, "
-            "or give a folder of images with --data folder --data-dir DIR, or try --data shapes"
-        ) from None
+        ways = f"put {kind.filename} there, or try --data folder or --data shapes"
+        raise UserError(f"{title} is not in {folder} and cannot be downloaded ({error}): {ways}") from None
     return *((part.data, np.array(part.targets, dtype=np.int64)) for part in (train, test)), classes
 
 
@@ -161,14 +162,12 @@ def load_folder(folder: Path, size: int = 32):
     *parts, names, found = list_images(folder, ("train", "test"))
     times = np.array([os.stat(path).st_mtime_ns for paths, _ in parts for path in paths])
     key, cache, images = found + fingerprint(times), folder / f"cache-{size}px.npz", []
-    try:
-        with np.load(cache) as kept:
-            if str(kept["key"]) == key:
-                images = [kept["train"], kept["test"]]
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged file can be wrong in any way
-        print(f"{cache} is damaged ({error}): decoding the images again", file=sys.stderr)
+    if cache.exists():
+        try:
+            with np.load(cache) as kept:
+                images = [kept["train"], kept["test"]] if str(kept["key"]) == key else []
+        except Exception as error:  # a damaged file can be wrong in any way
+            print(f"{cache} is damaged ({error}): decoding the images again", file=sys.stderr)
     if not images:
         for paths, _ in parts:
             pictures = (Image.fromarray(decode(path).numpy()) for path in progress(paths, "decoding"))
@@ -182,33 +181,31 @@ def load_folder(folder: Path, size: int = 32):
 
 
 def shapes(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Draw n images of ten patterns: uint8 (n, size, size, 3) and balanced labels, int64 (n,).
+    """Draw n images of ten PATTERNS: uint8 (n, size, size, 3) and balanced labels, int64 (n,).
 
-    A pattern has six by six cells and is its own mirror image. Its place, height, width and colour vary, and so
-    do the background's colour and the noise. Integers only, so that every machine draws the same images.
+    A tile of four by four cells, its own mirror image, repeats over an image. Its height, width, place and
+    colour vary, and so do the darker background and the noise. Integers only: the same on every machine.
     """
-    half = np.random.default_rng(0).integers(0, 2, (10, 6, 3), dtype=np.uint8)
-    patterns = np.concatenate([half, half[:, :, ::-1]], 2)
+    words = np.array([int(word, 16) for word in PATTERNS.split()])
+    tiles = (words[:, None, None] >> np.arange(16).reshape(4, 4) & 1).astype(np.uint8)
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n, dtype=np.int64) % 10)
-    side = rng.integers(size // 2, size * 7 // 8 + 1, (2, n, 1))  # height and width
-    start = rng.integers(0, size - side + 1)
-    cell = (np.arange(size) - start) * 6 // side
-    inside = ((cell >= 0) & (cell < 6)).astype(np.uint8)
-    (y, x), label = cell.clip(0, 5), labels[:, None, None]
-    cover = patterns[label, y[:, :, None], x[:, None, :]] * inside[0][:, :, None] * inside[1][:, None, :]
-    colours = rng.integers(0, 192, (2, n, 1, 1, 3), dtype=np.uint8)
-    noise = rng.integers(0, 64, (n, size, size, 3), dtype=np.uint8)
-    return np.where(cover[..., None], *colours) + noise, labels
+    side = rng.integers(size // 2, size + 1, (2, n, 1))  # height and width of a tile
+    start = rng.integers(0, size, (2, n, 1))
+    y, x = (np.arange(size) + start) * 4 // side % 4
+    lit = tiles[labels[:, None, None], y[:, :, None], x[:, None, :]][..., None]
+    back = rng.integers(0, 96, (n, 1, 1, 3), dtype=np.uint8)
+    colour = rng.integers(32, 96, (n, 1, 1, 3), dtype=np.uint8)
+    return rng.integers(0, 64, (n, size, size, 3), dtype=np.uint8) + back + lit * colour, labels
 
 
-# -------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def scan(folder: Path, layout: str, suffixes: tuple[str, ...] = ()) -> list[tuple[str, int]]:
-    """The sorted names and sizes of the folders in a folder, or of the files that have one of the suffixes.
+    """The sorted names and sizes of a folder's folders, or of its files that have one of the suffixes.
 
-    Hidden ones are passed over. Raises UserError, which shows the expected layout, if the folder cannot be read.
+    Hidden ones are passed over. Raises UserError, which shows the expected layout, where one cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
@@ -221,9 +218,9 @@ def scan(folder: Path, layout: str, suffixes: tuple[str, ...] = ()) -> list[tupl
 def list_images(folder: Path, parts: tuple[str, str]):
     """The images folder/PART/CLASS/* of two parts, ("train", "test") or ("train", "val").
 
-    Returns (paths, labels) of each part, arrays of bytes and of int64 (N,); the classes' names, whose places are
-    the labels; and a fingerprint of the files' names and sizes. Raises UserError unless both parts have the same
-    classes, and images in each.
+    Returns the (paths, labels) of each part, arrays of bytes and int64 (N,); the classes' names, whose places
+    are the labels; a fingerprint of the files' names and sizes. Raises UserError unless both parts have
+    images of the same classes.
     """
     layout = f"--data-dir: {folder} should hold images in {parts[0]}/CLASS/ and {parts[1]}/CLASS/"
     scan(folder, layout)
@@ -231,8 +228,7 @@ def list_images(folder: Path, parts: tuple[str, str]):
     if empty := [part for part in parts if not classes[part]]:
         raise UserError(f"{layout}, but {folder / empty[0]} has no folders: sort its images into classes")
     if odd := sorted(set(classes[parts[0]]) ^ set(classes[parts[1]])):
-        some = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-        raise UserError(f"{layout}, with the same classes in both, but they differ in {some}")
+        raise UserError(f"{layout}, the same classes in both, but {len(odd)} differ, such as {odd[0]}")
     digest, found = hashlib.sha256(), []
     for part, names in classes.items():
         paths, labels = [], []
@@ -256,19 +252,6 @@ def count_images(data: str, folder: Path, parts: tuple[str, str] = ("train", "te
     return (SHAPES, 10) if data == "shapes" else (50_000, CIFAR[data][1])
 
 
-@functools.cache
-def jpeg_decoder():
-    """torchvision's decoder, or None without one: the same pixels as PIL's in less time.
-
-    torchvision plans to remove it. Its import takes three seconds, which only images in files are worth.
-    """
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-    except ImportError:
-        return None
-    return functools.partial(decode_jpeg, mode=ImageReadMode.RGB)
-
-
 def decode(path) -> torch.Tensor:
     """An image file as RGB, uint8 (H, W, 3), 16-bit grey scaled to 8 bits; its rotation tag is ignored.
 
@@ -276,12 +259,12 @@ def decode(path) -> torch.Tensor:
     """
     path = os.fsdecode(path)
     try:
-        data = np.fromfile(path, np.uint8)
-        if data[:3].tobytes() == b"\xff\xd8\xff" and (decode_jpeg := jpeg_decoder()):
-            with contextlib.suppress(RuntimeError):  # PIL says what is wrong, or can read it
-                return decode_jpeg(torch.from_numpy(data)).permute(1, 2, 0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's are about metadata and large images
+            warnings.simplefilter("ignore")  # about torchvision's future, metadata and large images
+            data = np.fromfile(path, np.uint8)
+            if decode_jpeg and data[:3].tobytes() == b"\xff\xd8\xff":
+                with contextlib.suppress(RuntimeError):  # PIL says what is wrong, or can read it
+                    return decode_jpeg(torch.from_numpy(data), "RGB").permute(1, 2, 0)
             with Image.open(path) as image:
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                     grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
@@ -294,14 +277,14 @@ def decode(path) -> torch.Tensor:
         raise UserError(f"{path} is not a readable image ({reason})") from None
 
 
-# ----------------------------------------------------------------------------------------------------- ImageNet
+# --------------------------------------------------------------------------------------------------- ImageNet
 
 
 def crop_box(number: int, height: int, width: int) -> tuple[int, int, int, int]:
     """The random crop that a number stands for: top, left, height, width (Szegedy et al., 2015).
 
-    Its area is uniform in 8% to 100% of the image, the logarithm of its aspect ratio in that of 3/4 to 4/3, and
-    so is its place. Where ten of these do not fit, it is the largest central one with a ratio in these bounds.
+    Its area is uniform in 8% to 100% of the image, the logarithm of its aspect ratio in that of 3/4 to 4/3,
+    and its place. Where ten of these do not fit, it is the largest in the centre with such an aspect ratio.
     """
     uniform = random.Random(number).uniform
     for _ in range(10):
@@ -330,24 +313,24 @@ def crop(image: torch.Tensor, number: int, size: int) -> torch.Tensor:
     return image[top : top + size, left : left + size]
 
 
+@dataclass
 class Decoder(Dataset):
     """What worker processes do: decode and crop a chunk of images into memory that the script shares.
 
-    `sources` are paths (bytes), or uint8 images (N, H, W, 3). The memory is inherited by fork, and needs no room
-    in /dev/shm, which is small in containers: `slots`, uint8 (slots, CHUNK, size, size, 3).
+    The memory is inherited by fork, and needs no room in /dev/shm, which is small in containers.
     """
 
-    def __init__(self, sources, slots: int, size: int):
-        self.sources, memory = sources, mmap.mmap(-1, slots * CHUNK * size * size * 3)
-        self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(slots, CHUNK, size, size, 3)
+    sources: np.ndarray  # paths (bytes), or uint8 images (N, H, W, 3)
+    slots: torch.Tensor  # uint8 (slots, CHUNK, size, size, 3)
 
-    def __getitem__(self, task) -> str:
-        """Fill slot task[0] with the images of rows task[1] (B, 3); returns "", or what is wrong with a file.
+    def __getitem__(self, task: tuple[int, np.ndarray]) -> str:
+        """Fill a slot with the images of rows (B, 3); returns "", or what is wrong with a file.
 
         An error that is raised in a worker would come out inside a traceback.
         """
+        slot, rows = task
         try:
-            for image, (index, _, number) in zip(self.slots[task[0]], task[1].tolist(), strict=False):
+            for image, (index, _, number) in zip(self.slots[slot], rows.tolist(), strict=False):
                 source = self.sources[index]
                 whole = decode(source) if isinstance(source, bytes) else torch.from_numpy(source)
                 image[:] = crop(whole, number, len(image))
@@ -359,8 +342,8 @@ class Decoder(Dataset):
 class ImageNet:
     """Images that worker processes decode and crop, and the device flips and standardizes.
 
-    `train` and `val` are pairs of sources (see `Decoder`) and int64 labels (N,). A row of numbers is an image's
-    index, whether it is flipped, and its crop's number; the indices of validation follow those of training.
+    `train` and `val` are pairs of sources (see `Decoder`) and int64 labels (N,). A row of numbers is an
+    image's index, whether to flip it, and its crop's number. Validation images have the last indices.
     """
 
     on_device, mean, std = False, MEAN, STD
@@ -387,23 +370,21 @@ class ImageNet:
         Raises UserError at a file that is no image, and where workers do not deliver.
         """
         loader, answers = self.start([part.numpy() for rows in batches for part in rows.split(CHUNK)])
-        slots, ready, pinned = itertools.cycle(loader.dataset.slots), [], self.device.type == "cuda"
-        for rows in batches:
+        slots, pinned = itertools.cycle(loader.dataset.slots), self.device.type == "cuda"
+        for number, rows in enumerate(batches, 1):
             images = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8, pin_memory=pinned)
             for part in images.split(CHUNK):
                 self.wait(answers)
                 part.copy_(next(slots)[: len(part)])
+            if number == len(batches):  # now: a validation after it finds the workers free
+                self.idle.append(loader)
             parts = images, rows[:, 1] == 1, self.labels[rows[:, 0]]
-            ready.append([part.to(self.device, non_blocking=True) for part in parts])
-            if len(ready) > 1:
-                yield ready.pop(0)
-        self.idle.append(loader)  # now, so that a validation after the last batch finds the workers free
-        yield from ready
+            yield [part.to(self.device, non_blocking=True) for part in parts]
 
     def start(self, chunks: list[np.ndarray]):
-        """Give workers the rows of chunks of images; returns their loader and an iterator over their answers."""
-        slots = 2 * self.workers + 1  # two chunks ahead for each worker, and the one that is being copied
-        tasks = list(zip(itertools.cycle(range(slots)), chunks, strict=False))
+        """Give workers the rows of chunks of images; returns their loader, and an iterator of its answers."""
+        count = 2 * self.workers + 1  # two chunks ahead for each worker, and the one that is being copied
+        tasks = list(zip(itertools.cycle(range(count)), chunks, strict=False))
         while self.idle:
             loader = self.idle.pop()
             loader.sampler[:] = tasks
@@ -411,12 +392,13 @@ class ImageNet:
                 return loader, iter(loader)
         options = {"sampler": tasks, "generator": torch.Generator()}
         if self.workers:
-            jpeg_decoder()  # imported once, before the workers are forked
             options |= {"num_workers": self.workers, "persistent_workers": True, "timeout": POLL}
             # Outside the script's process group, a signal to all of it does not reach them.
             options |= {"multiprocessing_context": "fork", "worker_init_fn": lambda _: os.setsid()}
         try:
-            loader = DataLoader(Decoder(self.sources, slots, self.size), None, **options)
+            memory = mmap.mmap(-1, count * CHUNK * self.size * self.size * 3)
+            slots = torch.frombuffer(memory, dtype=torch.uint8).view(count, CHUNK, self.size, self.size, 3)
+            loader = DataLoader(Decoder(self.sources, slots), None, **options)
             return loader, iter(loader)
         except OSError as error:
             raise UserError(f"--workers {self.workers} cannot be started: {error.strerror}") from None
@@ -432,15 +414,15 @@ class ImageNet:
                 problem = str(error).partition("\n")[0]
                 if not problem.startswith("DataLoader"):
                     raise
-            if "timed out" not in problem:
-                raise UserError(f"--workers {self.workers}: {problem}; fewer workers need less memory")
-            if stop_asked.is_set():
+            if stop_asked.is_set() or "timed out" not in problem:
                 break
-        for worker in multiprocessing.active_children():  # the DataLoader would wait 5 seconds for each
-            worker.terminate()
+        else:
+            problem = f"nothing for {PATIENCE} seconds"
+        STUCK.append(answers)
         if stop_asked.is_set():
             raise KeyboardInterrupt
-        raise UserError(f"--workers {self.workers}: no images came for {PATIENCE} s: can their disk be read?")
+        hint = "can the disk be read, and is the memory enough for so many processes?"
+        raise UserError(f"--workers {self.workers}: no images came from them ({problem}): {hint}")
 
     def train_batch(self, images, flips, labels):
         """Images (B, 3, S, S), channels last, flipped where they should be, standardized, and labels (B,)."""

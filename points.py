@@ -9,6 +9,8 @@ import contextlib
 import fcntl
 import math
 import os
+import platform
+import re
 import sys
 import tempfile
 import time
@@ -170,8 +172,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record calls a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """What a record calls a device; a CPU's name comes with its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -365,7 +372,7 @@ def describe(script, point: Point, args, classes: int) -> str:
     text += (
         f"B {point.shared['bs']}, {epochs} epochs, {rates}{'' if args.lr else ' (the default)'}, {seeds}, "
     )
-    return text + f"{point.shared['precision']} on {device_name(find_device(args.device))}"
+    return text + f"{point.shared['precision']} on {find_device(args.device)}"
 
 
 def print_plan(script, point: Point, args):

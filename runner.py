@@ -339,7 +339,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                 display.expect([job.run for job in jobs.values()])
             if not jobs:
                 return
-            due = time.monotonic() - saved > 60 * args.checkpoint_every
+            due, together = time.monotonic() - saved > 60 * args.checkpoint_every, len(jobs)
             for key, job in list(jobs.items()):
                 epoch = job.run.epoch
                 images = advance(job)
@@ -348,7 +348,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                     display.epoch(job.title, job.run)
                     due = due or not data.on_device  # epochs of large images are long
                 if images is None:
-                    finish(point, key, job, args, len(jobs))
+                    finish(point, key, job, args, together)
                     del jobs[key]
                     more = True
             stop = any(job.run.stopped for job in jobs.values())

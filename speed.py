@@ -1,52 +1,53 @@
 """How fast this code trains, beside a plain PyTorch loop, and what the paper's experiments therefore cost.
 
-    python speed.py                          # Wide-ResNet 16-4: a table, and a record in results/speed/
-    python speed.py --photos DIR             # also the ImageNet input pipeline, on a folder of photographs
+    python speed.py                         # Wide-ResNet 16-4: table, record and picture, in results/speed/
+    python speed.py --short                 # under four minutes on a GPU
+    python speed.py --model resnet50-v2     # for Tables 4 and 5
+    bash sweep.sh table1 --dry-run | python speed.py --cost     # runs and hours of command lines
 
-All that is compared runs interleaved in this process: each figure is the median over the rounds, with the lowest and
+All that is compared runs in turn in one process: each figure is the median of the rounds, with the lowest and
 the highest. The images are generated; their content does not matter to the time.
 """
 
 import argparse
-import bisect
-import functools
 import itertools
 import json
-import math
+import re
 import statistics
-import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import common
+import data
+import points
 import resnet_imagenet
 import runner
 import wrn_cifar
-from common import UserError, WideResNet
-from runner import Parser, number, positive
+from cost import GHOST, WHOLE, Row, cost, multiplications
+from points import number, positive
+from records import UserError, atomic_write, slug
 
-WHOLE = "bn (whole batch)"
-METHODS = ["bn", WHOLE, "none", "zeroinit", "fixup"]
-TRAFFIC = {"bn": 17e6, "other": 14e6}  # bytes that a step of Wide-ResNet 16-4 in bf16 moves per image
+# Bytes that an update of Wide-ResNet 16-4 in bf16 reads and writes per image, counted kernel by kernel.
+TRAFFIC = {"bn": 22.3e6, "bn, ghost batches": 26.1e6, "bn, compiled": 17.5e6, "without norm": 14e6}
 
-# ---------------------------------------------------------------------------------------------------------- contenders
+# ---------------------------------------------------------------------------------------- ways to train
 
 
 class Pictures(Dataset):
-    """Images as torchvision's data sets give them, arrays or files: PIL, through the usual transforms."""
+    """Images as torchvision's data sets give them, from arrays or files: PIL, then the usual transforms."""
 
     def __init__(self, sources, labels, *crop):
         self.sources, self.labels = sources, labels
-        finish = transforms.ToTensor(), transforms.Normalize(resnet_imagenet.MEAN, resnet_imagenet.STD)
+        finish = transforms.ToTensor(), transforms.Normalize(data.MEAN, data.STD)
         self.transform = transforms.Compose([*crop, *finish])
 
     def __len__(self):
@@ -58,380 +59,333 @@ class Pictures(Dataset):
         return self.transform(image), self.labels[i]
 
 
-def crop_32():
-    return transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip()
-
-
-def load(pictures, bs, workers=0):
-    """The sizes of a DataLoader's batches, for ever."""
-    loader = DataLoader(pictures, bs, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+def forever(loader):
+    """The batches of a DataLoader, epoch after epoch."""
     while True:
-        yield from (len(labels) for _, labels in loader)
+        yield from loader
 
 
-def plain(net, pictures, bs, device):
+def configure(row: Row, args, device, seed: int = 0):
+    """The script, the flags and the configuration of a run that a row stands for."""
+    if args.wrn:
+        script, words = wrn_cifar.SCRIPT, "--depth {} --width {}".format(*args.model[3:].split("-"))
+    else:
+        script, words = resnet_imagenet.SCRIPT, f"--arch {args.model[-2:]} --image-size {args.image_size}"
+    words += " --init bn --ghost 0" if row.method == WHOLE else f" --init {row.method}"
+    words += f" --bs {row.bs} --lr 2^-20 --epochs 9999 --data shapes --device {device}"
+    words += f" --amp {'off' if row.precision == 'float32' else row.precision}"
+    flags = script.parse_args(words.split() + ["--compile"] * (row.engine == "compiled"))
+    return script, flags, script.make_point(flags).config((flags.lr[0], seed))
+
+
+def plain(row: Row, args, images, pictures):
     """A textbook's training loop; yields the number of images after each update."""
-    net, total = net.to(device), 0.0
-    optimizer = torch.optim.SGD(net.parameters(), lr=2**-10, momentum=0.9, weight_decay=5e-4)
-    loader = DataLoader(pictures, bs, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
-    while True:
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(images.to(device)), labels.to(device))
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-            yield bs
+    script, _, config = configure(row, args, images.device)
+    net = script.make_net(config | {"ghost": row.bs}, images.classes).to(images.device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=2**-20, momentum=0.9, weight_decay=5e-4)
+    options = {"num_workers": 2, "drop_last": True, "persistent_workers": True}
+    for x, labels in forever(DataLoader(pictures, row.bs, shuffle=True, **options)):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x.to(images.device)), labels.to(images.device))
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        yield row.bs
 
 
-def ours(methods, args, bs, data, device, precision, capture):
-    """This engine's, for one run or several at once; yields the number of images after a burst of each."""
-    bursts = []
-    for seed, method in enumerate(methods):
-        config, net = make(method, args, bs)
-        run = common.Run(config | {"seed": seed}, net, data, device, precision)
+def ours(row: Row, args, images):
+    """This code's loop for one run or several at once; yields the number of images after a burst of each."""
+    training = []
+    for seed in range(row.runs):
+        script, flags, config = configure(row, args, images.device, seed)
+        run = runner.make_run(script, config, images, flags)
         with runner.on_stream(run):
-            if capture:
+            if run.stream and images.on_device and row.engine != "eager":
                 run.capture()
-        bursts.append((run, common.train(run, 10**9)))
+        training.append((run, common.train(run, 10**9)))
     while True:
-        yield sum(advance(run, burst) for run, burst in bursts)
+        done = 0
+        for run, bursts in training:
+            with runner.on_stream(run):
+                done += next(bursts)
+        yield done
 
 
-def advance(run, bursts) -> int:
-    with runner.on_stream(run):
-        return next(bursts)
-
-
-def make(method, args, bs):
-    """The configuration and the net of a method."""
-    init, ghost = ("bn", 0) if method == WHOLE else (method, 64)
-    line = f"--depth {args.depth} --width {args.width} --init {init} --ghost {ghost} --bs {bs} --lr 2^-10 --epochs 9999"
-    (config,) = wrn_cifar.configurations(wrn_cifar.parse_args(line.split())).values()
-    return config, wrn_cifar.make_net(config)
-
-
-def contenders(args, bs, data, pictures, device, precision) -> dict:
-    """What is compared at a batch size: (method, engine, runs, precision) -> an iterator of trained images."""
-    entries = {}
+def list_rows(args, bs: int, device) -> list[Row]:
+    """What is to be compared at a batch size."""
+    captured = device.type == "cuda" and args.wrn
+    together = runner.side_by_side(device, bs) if captured else 1
+    precisions = (args.precision,) if args.short else dict.fromkeys(("float32", args.precision))
+    rows = []
     for method in args.methods:
-        if method == WHOLE and bs <= 64:
+        if method == WHOLE and bs <= GHOST:
             continue  # the ghost batch is the whole batch anyway
-        if method in ("bn", "none"):
-            net = WideResNet(args.depth, args.width, method, ghost=0)
-            entries[method, "plain", 1, "off"] = plain(net, pictures, bs, device)
-        engine = functools.partial(ours, args=args, bs=bs, data=data, device=device)
-        for p in dict.fromkeys(("off", precision) if device.type == "cpu" else (precision,)):
-            entries[method, "ours", 1, p] = engine([method], precision=p, capture=device.type == "cuda")
-        if device.type == "cuda":
-            entries[method, "eager", 1, precision] = engine([method], precision=precision, capture=False)
-            runs = runner.side_by_side(device, bs)
-            if runs > 1:
-                entries[method, "concurrent", runs, precision] = engine(
-                    [method] * runs, precision=precision, capture=True
-                )
-    return entries
+        if method in ("bn", "none") and args.wrn:
+            rows.append(Row(method, bs, "plain", 1, "float32"))
+        rows += [Row(method, bs, "captured" if captured else "eager", 1, p) for p in precisions]
+        rows += [Row(method, bs, "eager", 1, args.precision)] * captured
+        rows += [Row(method, bs, "concurrent", together, args.precision)] * (together > 1)
+        rows += [Row(method, bs, "compiled", 1, args.precision)] * args.compile
+    # Float32 comes last: what fits least into a GPU's memory should not push out the rest.
+    return sorted(rows, key=lambda row: row.precision == "float32" and row.engine != "plain")
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------------- measuring
 
 
-def rate(steps, seconds, device) -> float:
-    """Items per second of an iterator that yields how many it made, over about so many seconds."""
-    began, items = time.perf_counter(), 0
-    while True:
-        items += next(steps)
-        if device.type == "cuda" and time.perf_counter() - began >= seconds:
-            torch.cuda.synchronize()
+def rate(steps, seconds: float, device) -> float:
+    """Items per second of an iterator that yields how many it made, over at least so many seconds."""
+    began = time.perf_counter()
+    for items in itertools.accumulate(steps):
         if time.perf_counter() - began >= seconds:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             return items / (time.perf_counter() - began)
 
 
-def medians(entries: dict, args) -> dict:
-    """The median rates of things that the CPU does."""
-    rates = interleave(entries, args.rounds, args.seconds, torch.device("cpu"))
-    return {name: statistics.median(found) for name, found in rates.items()}
+def interleave(entries: dict, args, device) -> dict:
+    """The rates of each iterator, one per round: {key: (median, lowest, highest)}. A first round warms up.
 
-
-def interleave(entries: dict, rounds, seconds, device) -> dict:
-    """The rates of each entry, one per round; the first round only warms up."""
+    What does not fit into the device's memory is left out, with a line that says so.
+    """
     rates = {key: [] for key in entries}
-    for turn, (key, steps) in itertools.product(range(rounds + 1), entries.items()):
-        figure = rate(steps, seconds, device)
-        if turn:
-            rates[key].append(figure)
-    return rates
+    for _, key in itertools.product(range(args.rounds + 1), entries):
+        try:
+            if key in rates:
+                rates[key].append(rate(entries[key], args.seconds, device))
+        except RuntimeError as error:
+            if not runner.is_out_of_memory(error):
+                raise
+            print(f"this does not fit into the device's memory: {key}")
+            del rates[key]
+    return {key: (statistics.median(its[1:]), min(its[1:]), max(its[1:])) for key, its in rates.items()}
 
 
-def augmentation(data, pictures, args) -> dict:
-    """Images per second on one core: this code's crop and flip, and PIL's through a DataLoader in the same process."""
-    mine = (len(data.train_batch(part)[1]) for part in itertools.cycle(data.draw(0, 0).split(64)))
-    return medians({"ours": mine, "PIL": load(pictures, 64)}, args)
+def measure(args, images, pictures, bs: int) -> list[Row]:
+    """The rows of a batch size."""
+    torch.compiler.reset()  # it stops compiling after some nets of one class
+    entries = {}
+    for row in list_rows(args, bs, images.device):
+        by_us = row.engine != "plain"
+        entries[row] = ours(row, args, images) if by_us else plain(row, args, images, pictures)
+    found = interleave(entries, args, images.device).items()
+    return [replace(row, images_per_second=middle, low=low, high=high) for row, (middle, low, high) in found]
 
 
-def pipeline(folder: Path, args) -> list[dict]:
-    """Checks of the ImageNet input pipeline against torchvision's transforms, on the photographs of a folder.
+def against_pil(what, least, args, device, mine, loader) -> dict:
+    """The verdict on an iterator of this code's that prepares images, against a DataLoader, on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    theirs = (len(labels) for _, labels in forever(loader))
+    (ours, *_), (pil, *_) = interleave({"ours": mine, "PIL": theirs}, args, device).values()
+    torch.set_num_threads(threads)
+    return verdict(f"{what}: {ours:,.0f} images/s, by torchvision's transforms {pil:,.0f}", ours / pil, least)
+
+
+def decoding(folder: Path, args):
+    """Verdicts on the decoding of ImageNet, on the photographs of a folder. Raises UserError without any.
 
     Flipping and standardization are left out on our side: they are the device's.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in resnet_imagenet.SUFFIXES)
+    files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in data.SUFFIXES)
     if not files:
         raise UserError(f"--photos: {folder} holds no photographs")
-    part = np.array([bytes(p) for p in files]), np.zeros(len(files), dtype=np.int64)
+    part = np.array([bytes(path) for path in files]), np.zeros(len(files), np.int64)
     random_crop = transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()
     centre_crop = transforms.Resize(256), transforms.CenterCrop(224)
-    result = []
-    for what, workers, theirs, target in (
+    for what, workers, crop, least in (
         ("training images, one core", 0, random_crop, 1.5),
         ("validation images, one core", 0, centre_crop, 1.7),
         ("training images, two workers", 2, random_crop, 1.8),
     ):
-        data = resnet_imagenet.ImageNet("photographs", part, part, "", torch.device("cpu"), workers=workers)
-        rows = torch.cat([data.draw(0, epoch) for epoch in range(4)])
-        if theirs is centre_crop:
-            rows[:, 2] = resnet_imagenet.CENTRE
-        mine = (len(parts[0]) for _ in itertools.count() for parts in data.feed([*rows.split(32)]))
-        rates = medians({"ours": mine, "theirs": load(Pictures(files, part[1], *theirs), 32, workers)}, args)
-        print(
-            f"{what}: {rates['ours']:,.0f} images/s, by torchvision's transforms {rates['theirs']:,.0f}",
-            flush=True,
-        )
-        value = rates["ours"] / rates["theirs"]
-        result.append({"what": f"decoding {what}", "value": value, "target": target, "met": value >= target})
-    return result
+        images = data.ImageNet("photographs", part, part, "", torch.device("cpu"), 1, workers=workers)
+        rows = torch.cat([images.draw(0, epoch) for epoch in range(4)])
+        rows[:, 2] = data.CENTRE if crop is centre_crop else rows[:, 2]
+        mine = (len(parts[0]) for _ in itertools.count() for parts in images.feed([*rows.split(32)]))
+        loader = DataLoader(Pictures(files, part[1], *crop), 32, shuffle=True, num_workers=workers)
+        yield against_pil(f"decoding {what}", least, args, images.device, mine, loader)
 
 
-def bandwidth(device) -> float:
-    """Bytes per second that a large copy reads and writes."""
+def traffic_limits(device) -> dict:
+    """Images/s at which an update's memory traffic is as much as a large copy's."""
     here = torch.empty(2**28, device=device)
     there = torch.empty_like(here)
     copies = (there.copy_(here).nbytes * 2 for _ in itertools.count())
-    next(copies)
-    return rate(copies, 0.5, device)
+    speeds = [rate(copies, seconds, device) for seconds in (0, 0.5)]  # the first warms up
+    return {name: speeds[1] / traffic for name, traffic in TRAFFIC.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------------ checks
 
 
-BN, NONE = ("bn", 64, "ours"), ("none", 64, "ours")
-CHECKS = [  # where, what, at least, and the two rows (method, batch size, engine, precision if it matters) to compare
-    ("cpu", "float32 against the plain loop, B 64", 1.3, (*BN, "off"), ("bn", 64, "plain")),
-    ("cpu", "float32 against the plain loop, B 256", 1.3, ("bn", 256, "ours", "off"), ("bn", 256, "plain")),
-    ("cpu", "bf16 against the plain loop, B 64", 4, (*BN, "bf16"), ("bn", 64, "plain")),
-    ("cpu", "bf16 against the plain loop, B 256", 4.5, ("bn", 256, "ours", "bf16"), ("bn", 256, "plain")),
-    (
-        "cpu",
-        "ZeroInit against batch norm in bf16, B 64",
-        1.3,
-        ("zeroinit", 64, "ours", "bf16"),
-        (*BN, "bf16"),
-    ),
-    ("cpu", "ghost batches against the whole batch, B 256", 0.97, ("bn", 256, "ours"), (WHOLE, 256, "ours")),
-    ("cuda", "captured against eager, B 1", 5, ("bn", 1, "ours"), ("bn", 1, "eager")),
-    ("cuda", "captured against eager, B 16", 3, ("bn", 16, "ours"), ("bn", 16, "eager")),
-    ("cuda", "captured against eager, B 64", 1.5, BN, ("bn", 64, "eager")),
-    ("cuda", "concurrent against in turn, B 1", 5, ("bn", 1, "concurrent"), ("bn", 1, "ours")),
-    ("cuda", "concurrent against in turn, B 16", 3, ("bn", 16, "concurrent"), ("bn", 16, "ours")),
-    ("cuda", "concurrent against in turn, B 64", 1.2, ("bn", 64, "concurrent"), BN),
-    ("cuda", "concurrent against the plain loop, B 1", 20, ("bn", 1, "concurrent"), ("bn", 1, "plain")),
-    ("cuda", "concurrent against the plain loop, B 4", 20, ("bn", 4, "concurrent"), ("bn", 4, "plain")),
-    ("cuda", "against the plain loop, B 128", 8, ("bn", 128, "ours"), ("bn", 128, "plain")),
-    ("cuda", "ghost batches against the whole batch, B 512", 0.9, ("bn", 512, "ours"), (WHOLE, 512, "ours")),
-    (
-        "cuda",
-        "ghost batches against the whole batch, B 2048",
-        0.9,
-        ("bn", 2048, "ours"),
-        (WHOLE, 2048, "ours"),
-    ),
-    ("cuda", "images/s, B 512", 100_000, ("bn", 512, "ours"), None),
-    ("cuda", "images/s, B 2048", 100_000, ("bn", 2048, "ours"), None),
-    ("", "without batch norm against with it, B 64 (the paper: roughly 1.4)", 1.0, NONE, BN),
-    (
-        "",
-        "crop and flip against PIL, per core",
-        8,
-        ("crop and flip", 64, "ours"),
-        ("crop and flip", 64, "PIL"),
-    ),
-    ("", "a step against its crop and flip, B 64", 50, ("crop and flip", 64, "ours"), NONE),
+@dataclass(frozen=True)
+class Check:
+    """Ratios of two rows of Wide-ResNet 16-4, and what they should be."""
+
+    device: str  # the type of device that the check is for
+    what: str
+    least: dict  # {batch size: the ratio that it should have at least}
+    over: dict  # what the upper row is; of several such rows, the fastest
+    under: dict | None  # where the lower row differs from the upper one; None: the value is images/s
+
+
+BN, NONE, PLAIN = {"method": "bn"}, {"method": "none"}, {"engine": "plain", "precision": "float32"}
+EAGER, GRAPH, MANY = {"engine": "eager"}, {"engine": "captured"}, {"engine": "concurrent"}
+FLOAT32, BF16 = EAGER | {"precision": "float32"}, EAGER | {"precision": "bf16"}
+NORM = "without batch norm against with it (section 3 of the paper: roughly 1.4)"
+GHOSTS = "ghost batches against the whole batch"
+CHECKS = [
+    Check("cpu", "float32 against the plain loop", {64: 1.3, 256: 1.3}, BN | FLOAT32, PLAIN),
+    Check("cpu", "bf16 against the plain loop", {64: 4, 256: 4.5}, BN | BF16, PLAIN),
+    Check("cpu", GHOSTS, {256: 0.97}, BN | EAGER, {"method": WHOLE}),
+    Check("cpu", NORM, {64: 1.3}, NONE | EAGER, BN),
+    Check("cuda", "captured against eager", {1: 5, 16: 3, 64: 1.5}, BN | GRAPH, EAGER),
+    Check("cuda", "concurrent against in turn", {1: 5, 16: 3, 64: 1.2}, BN | MANY, GRAPH),
+    Check("cuda", "images/s", {512: 60_000}, BN | GRAPH, None),
+    Check("cuda", GHOSTS, {512: 0.9}, BN | GRAPH, {"method": WHOLE}),
+    Check("cuda", NORM, {64: 1.3}, NONE | GRAPH, BN),
 ]
 
 
-def find(rows, method, bs, engine, precision=None) -> float | None:
-    """A row's images/s; None where it was not measured."""
-    wanted = {"method": method, "bs": bs, "engine": engine} | ({"precision": precision} if precision else {})
-    return next((row["images_per_second"] for row in rows if wanted.items() <= row.items()), None)
+def find(rows: list[Row], **wanted) -> float | None:
+    """The images/s of the fastest of the rows that are as wanted; None where there is none."""
+    return max((row.images_per_second for row in rows if wanted.items() <= vars(row).items()), default=None)
 
 
-def checks(rows, device) -> list[dict]:
-    """The figures to reach on a device: what, value, target and whether it is met."""
-    result = []
-    for where, what, target, above, below in CHECKS:
-        over, under = find(rows, *above), find(rows, *below) if below else 1.0
-        if over and under and where in ("", device.type):
-            result.append(
-                {"what": what, "value": over / under, "target": target, "met": over / under >= target}
-            )
-    return result
+def verdict(what: str, value: float, least: float) -> dict:
+    """A part of the record: a ratio, and whether it is as large as it should be."""
+    return {"what": what, "value": value, "least": least, "met": value >= least}
 
 
-@functools.cache
-def work(depth: int, width: int) -> float:
-    """Multiplications of a forward pass of Wide-ResNet depth-width on one image."""
-    total = 0
-
-    def count(module, _, output):
-        nonlocal total
-        total += module.weight[0].numel() * output.numel()
-
-    with torch.device("meta"):
-        net = WideResNet(depth, width, "none")
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(count)
-        net(torch.empty(1, 3, 32, 32))
-    return total
+def judge(rows: list[Row], device_type: str):
+    """The verdicts of the checks that the rows decide."""
+    for check in (check for check in CHECKS if check.device == device_type):
+        for bs, least in check.least.items():
+            over = find(rows, bs=bs, **check.over)
+            under = 1.0 if check.under is None else find(rows, bs=bs, **check.over | check.under)
+            if over and under:
+                yield verdict(f"{check.what}, B {bs}", over / under, least)
 
 
-def speed_at(rows, method, bs) -> float:
-    """Images/s of the best measured way to train, between measured batch sizes on a line through the logarithms."""
-    best = {}
-    for row in rows:
-        if row["engine"] != "plain" and row["method"] == method:
-            best[row["bs"]] = max(best.get(row["bs"], 0), row["images_per_second"])
-    sizes = sorted(best)
-    i = min(max(bisect.bisect(sizes, bs), 1), len(sizes) - 1)
-    if len(sizes) == 1 or not sizes[0] < bs < sizes[-1]:
-        return best[min(max(bs, sizes[0]), sizes[-1])]
-    low, high = sizes[i - 1 : i + 1]
-    t = math.log(bs / low) / math.log(high / low)
-    return best[low] ** (1 - t) * best[high] ** t
+# ---------------------------------------------------------------------------------- record, table, picture
 
 
-def cost(rows, args) -> list[dict]:
-    """Runs and hours of each of sweep.sh's CIFAR-10 targets on this machine, from the measured images/s."""
-    result, sweep = [], Path(__file__).with_name("sweep.sh")
-    for target in ("fig1", "fig3", "table1", "table2", "table3"):
-        lines = subprocess.run(
-            ["bash", sweep, target, "--dry-run"], capture_output=True, text=True, check=True
-        ).stdout
-        runs, seconds = 0, 0.0
-        for line in lines.splitlines():
-            flags = wrn_cifar.parse_args(line.split()[2:])
-            like = (
-                "zeroinit" if common.METHODS[flags.init].scalar else "none"
-            )  # where the method was not measured
-            method = flags.init if flags.init in METHODS else like
-            method = WHOLE if method == "bn" and flags.ghost == 0 and flags.bs > 64 else method
-            relative = work(flags.depth, flags.width) / work(args.depth, args.width)
-            made = len(wrn_cifar.configurations(flags))
-            runs += made
-            seconds += made * flags.epochs * 50_000 * relative / speed_at(rows, method, flags.bs)
-        result.append({"target": target, "runs": runs, "hours": seconds / 3600})
-    return result
-
-
-def measure(args, device, precision) -> dict:
-    """The record: rows of images/s, checks, and what the sweeps cost."""
-    train, test = wrn_cifar.shapes(args.images, 0, 32), wrn_cifar.shapes(500, 1, 32)
-    data, pictures = wrn_cifar.Images("shapes", train, test, device), Pictures(*train, *crop_32())
-    rows = []
+def make_record(args, device):
+    """Measure all, one batch size after the other; yields the record as it is after each, and at the end."""
+    size, n = (32, 8192 if device.type == "cpu" else 50_000) if args.wrn else (args.image_size, 1024)
+    train, test = data.shapes(n, 0, size), data.shapes(64, 1, size)
+    images = data.Images("shapes", train, test, device, 10 if args.wrn else 1000)
+    images.on_device = args.wrn  # ImageNet's come from the host, so that its updates are no CUDA graphs
+    pictures = Pictures(*train, transforms.RandomCrop(size, size // 8), transforms.RandomHorizontalFlip())
+    script, _, config = configure(Row("bn", 2, "eager", 1, "float32"), args, device)
+    record = {"kind": "speed", "made": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}
+    record |= {"model": args.model, "multiplications": multiplications(script, config, size)}
+    record |= {"device": points.device_name(device), "threads": torch.get_num_threads()}
+    record |= {"torch": torch.__version__, "commit": runner.commit(), "rows": [], "checks": []}
+    record["limit"] = traffic_limits(device) if device.type == "cuda" and args.model == "wrn16-4" else {}
     for bs in args.batches:
-        entries = contenders(args, bs, data, pictures, device, precision)
-        for (method, engine, runs, p), rates in interleave(
-            entries, args.rounds, args.seconds, device
-        ).items():
-            middle = statistics.median(rates)
-            row = {"method": method, "bs": bs, "engine": engine, "runs": runs, "precision": p}
-            row |= {"images_per_second": middle, "low": min(rates), "high": max(rates)}
-            rows.append(row | {"ms_per_step": 1000 * bs * runs / middle})
-            print(line_of(rows[-1], find(rows, method, bs, "plain")), flush=True)
-        entries.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    crops = augmentation(data, pictures, args)
-    extra = [
-        {"method": "crop and flip", "bs": 64, "engine": k, "images_per_second": v} for k, v in crops.items()
-    ]
-    decoding = pipeline(args.photos, args) if args.photos else []
-    torch.set_num_threads(threads)
-    record = {
-        "kind": "speed",
-        "device": runner.device_name(device),
-        "threads": threads,
-        "torch": torch.__version__,
-    }
-    record |= runner.environment() | {
-        "model": f"wrn{args.depth}-{args.width}",
-        "data": "generated, 32x32",
-        "rows": rows,
-    }
-    record |= {"augmentation": crops, "checks": checks(rows + extra, device) + decoding}
-    if device.type == "cuda":
-        record["limit"] = {key: bandwidth(device) / traffic for key, traffic in TRAFFIC.items()}
-    return record | {
-        "cost": cost(rows, args) if {*METHODS} - {WHOLE} <= {row["method"] for row in rows} else []
-    }
+        print(f"batches of {bs} ...", flush=True)
+        record["rows"] += measure(args, images, pictures, bs)
+        record["checks"] = [*judge(record["rows"], device.type)] if args.model == "wrn16-4" else []
+        yield record
+    mine = (len(images.train_batch(rows)[1]) for rows in itertools.cycle(images.draw(0, 0).split(64)))
+    loader = DataLoader(pictures, 64, shuffle=True)
+    record["checks"].append(against_pil("crop and flip, one core", 8, args, device, mine, loader))
+    record["checks"] += decoding(args.photos, args) if args.photos else []
+    yield record
 
 
-def line_of(row: dict, base: float | None) -> str:
-    """A row of the printed table."""
-    ratio = f"{row['images_per_second'] / base:6.2f}" if base else " " * 6
-    name = row["engine"] + (f" x {row['runs']}" if row["runs"] > 1 else "")
-    spread = f"{row['low']:,.0f} to {row['high']:,.0f}"
-    return (
-        f"{row['method']:17} {row['bs']:5} {name:15} {row['precision']:5} {row['images_per_second']:10,.1f} {spread:20}"
-        f" {row['ms_per_step']:9.1f} {ratio}"
-    )
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--depth", type=positive, default=16, help="6n+4")
-    add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="rows of the table")
-    add("--batches", type=positive, nargs="+", help="batch sizes [1 16 64 256 on a CPU, 1 to 2048 on a GPU]")
-    add("--rounds", type=positive, default=5, help="times each figure is measured")
-    add("--seconds", type=number(float, 0), default=2.0, help="how long each measurement lasts at least")
-    add("--images", type=positive, default=8192, help="generated training images")
-    add("--photos", type=Path, help="folder of photographs, to measure the ImageNet input pipeline")
-    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
-    add(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="precision of the engine's passes",
-    )
-    add("--out", type=Path, default=Path("results"), help="the record goes to its folder speed/")
-    return parser
-
-
-def main():
-    args = make_parser().parse_args()
-    device = common.pick_device(args.device)
-    precision = common.pick_precision(args.amp, device)
-    args.batches = args.batches or (
-        [1, 16, 64, 256] if device.type == "cpu" else [1, 4, 16, 64, 128, 512, 2048]
-    )
-    runner.check_writable(args.out / "speed")
-    print(json.dumps(vars(args), default=str))
-    print("method            batch engine          prec.   images/s lowest to highest     ms/step  / plain")
-    record = measure(args, device, precision)
-    print()
+def print_table(record: dict):
+    """Print what a record holds."""
+    form = "{:16} {:>5} {:15} {:9} {:>10} {:>19} {:>9} {:>7}"
+    head = "images/s", "lowest to highest", "ms/update", "/ plain"
+    print("\n" + form.format("method", "B", "engine", "precision", *head))
+    for row in record["rows"]:
+        engine = row.engine + (f" x {row.runs}" if row.runs > 1 else "")
+        speed, spread = row.images_per_second, f"{row.low:,.0f} to {row.high:,.0f}"
+        base = find(record["rows"], bs=row.bs, method=row.method, engine="plain")
+        cells = f"{speed:,.1f}", spread, f"{1000 * row.bs * row.runs / speed:,.2f}"
+        ratio = f"{speed / base:.2f}" if base else ""
+        print(form.format(row.method, row.bs, engine, row.precision, *cells, ratio))
+    for name, value in record["limit"].items():
+        print(f"{value:10,.0f} images/s is the limit that memory traffic sets, {name}")
     for check in record["checks"]:
-        verdict = "met" if check["met"] else "MISSED"
-        print(f"{check['value']:10,.2f} (at least {check['target']:,}: {verdict})  {check['what']}")
-    for part in record["cost"]:
-        print(f"{part['target']:8} {part['runs']:6,} runs {part['hours']:12,.0f} hours on this machine")
-    name = f"{record['model']}_{record['device'].replace(' ', '-').lower()}_t{record['threads']}.json"
-    path = args.out / "speed" / name
-    with runner.atomic_write(path) as file:
-        file.write(json.dumps(record, allow_nan=False, indent=1).encode())
-    print(f"record: {path}")
+        met = "met" if check["met"] else "MISSED"
+        print(f"{check['value']:10,.2f} (at least {check['least']:,}: {met})  {check['what']}")
+
+
+def draw(record: dict, path: Path):
+    """Draw images per second against the batch size, with bars from lowest to highest, for each method."""
+    import matplotlib.pyplot as plt
+
+    methods, ways = list(dict.fromkeys(row.method for row in record["rows"])), {}
+    for row in record["rows"]:
+        ways.setdefault((row.engine, row.precision), []).append(row)
+    size = {"figsize": (max(6, 2.5 * len(methods) + 1), 4), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, len(methods), sharex=True, sharey=True, **size)
+    for method, panel in zip(methods, axes[0], strict=True):
+        for way, marker in zip(ways, itertools.cycle("osD^v")):
+            its = [row for row in ways[way] if row.method == method]
+            x, y = [row.bs for row in its], [row.images_per_second for row in its]
+            bars = [[r.images_per_second - r.low for r in its], [r.high - r.images_per_second for r in its]]
+            panel.errorbar(x, y, bars, label=", ".join(way), marker=marker, capsize=3)
+        panel.set(title=method, xlabel="batch size", yscale="log")
+        panel.set_xscale("log", base=2)
+    axes[0][0].set_ylabel("images per second")
+    figure.suptitle(f"{record['model']} on {record['device']}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+# -------------------------------------------------------------------------------------------------- main
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = points.Parser(description=__doc__, formatter_class=points.Help)
+    add = parser.add_argument
+    add("--model", default="wrn16-4", help="what to measure: wrnD-K, resnet50-v1 or resnet50-v2")
+    add("--image-size", type=positive, default=224, help="of ResNet-50")
+    add("--methods", nargs="+", choices=[*common.METHODS, WHOLE], help="rows of the table [the usual ones]")
+    add("--batches", type=positive, nargs="+", help="batch sizes [1 to 256 on a CPU, to 2048 on a GPU]")
+    add("--rounds", type=positive, help="how often each figure is measured [5; with --short 2]")
+    add("--seconds", type=number(float, 0), help="how long, at least [1; with --short 0.4]")
+    add("--short", action="store_true", help="batch sizes 1, 16, 64 and 512, in one precision, without fixup")
+    add("--compile", action="store_true", help="measure torch.compile as well; it takes minutes")
+    add("--photos", type=Path, help="folder of photographs, to measure how fast ImageNet is decoded")
+    add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision of the passes")
+    add("--out", type=Path, default=Path("results"), help="the record goes to its folder speed/")
+    add("--cost", action="store_true", help="tell what the command lines on stdin cost, by the records")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"wrn[0-9]+-[1-9][0-9]*|resnet50-v[12]", args.model):
+        parser.error(f"argument --model: should be wrn16-4, resnet50-v2 or the like, not {args.model}")
+    args.wrn, gpu = args.model.startswith("wrn"), points.find_device(args.device).type == "cuda"
+    usual = [1, 4, 16, 64, 128, 512, 2048] if gpu else [1, 16, 64, 256]
+    usual = usual if args.wrn else [32, 128, 256, 512] if gpu else [16]
+    args.batches = args.batches or ([1, 16, 64, 512] if args.short and args.wrn else usual)
+    usual = ["bn", WHOLE, "none", "zeroinit"] if args.wrn else ["bn", "zeroinit"]
+    args.methods = args.methods or usual + ["fixup"] * (not args.short)
+    args.rounds = args.rounds or (2 if args.short else 5)
+    args.seconds = (0.4 if args.short else 1.0) if args.seconds is None else args.seconds
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    folder = args.out / "speed"
+    if args.cost:
+        return cost(folder)
+    device = runner.pick_device(args.device)
+    args.precision = common.pick_precision(args.amp, device)
+    runner.check_writable(folder)
+    path = folder / f"{args.model}_{slug(points.device_name(device))}_t{torch.get_num_threads()}.json"
+    for record in make_record(args, device):
+        content = record | {"rows": [vars(row) for row in record["rows"]]}
+        with atomic_write(path) as file:
+            file.write(json.dumps(content, allow_nan=False, indent=1).encode())
+    print_table(record)
+    draw(record, path.with_suffix(".png"))
+    print(f"record: {path}; picture: {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,8 @@ resnet50() { # resnet50 VERSION METHODS
         for init in ${INITS:-$2}; do echo "$run resnet_imagenet.py --arch $1 --init $init --bs $bs $rates --seeds 1"; done
     done
 }
-lines() { # lines TARGET...: with what the user appended, and the target as a comment
-    for name; do "$name" | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done
-}
+# lines TARGET...: what their functions print, with what the user appended, and the target as a comment
+lines() { for name; do "$name" | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done; }
 
 # ------------------------------------------------------------------------------------------------------------- workers
 stop() { stopped=$1 && kill -TERM $children 2>/dev/null; } # what is running saves a checkpoint and ends with 75
@@ -132,6 +131,7 @@ while (($#)); do
         --jobs) jobs=${2:-none} && shift ;;
         --slurm) action=submit slurm=${2:-} && shift ;;
         --out) out=${2:-} appended+=" $1" ;;
+        --out=*) out=${1#*=} appended+=" $(quote "$1")" ;;
         *) appended+=" $(quote "$1")" ;;
     esac
     shift

@@ -1,10 +1,10 @@
-"""Stands in for wrn_cifar.py, resnet_imagenet.py and plot.py in tests of sweep.sh: a run is a nap that leaves a record.
+"""Stands in for the Python scripts in tests of sweep.sh: it starts in no time, and a run is a nap.
 
-Runs whose --init is a key of the environment's ENDS (JSON) end with that exit code instead, or by that signal if it is
-negative. Every run that is begun adds a line to OUT/begun, and every one that leaves a record a line to OUT/made.
+A command line has --seeds runs. Each adds its name to OUT/begun, sleeps for --nap seconds, and adds it to OUT/made;
+one lock per run divides them between processes. A line whose --init is a key of $ENDS (JSON) begins a run and ends
+with that exit code, or by that signal if it is negative.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -14,99 +14,70 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(sys.argv[0]).stem
+
+def value(words, flag, default=None):
+    return words[len(words) - words[::-1].index(flag)] if flag in words else default
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("arch",) if SCRIPT == "resnet_imagenet" else ("depth", "width", "eval-every"):
-        parser.add_argument(f"--{flag}")
-    for flag in ("epochs", "wd", "ghost", "data", "data-dir"):
-        parser.add_argument(f"--{flag}")
-    parser.add_argument("--init")
-    parser.add_argument("--bs", type=int)
-    parser.add_argument("--lr", nargs="+")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("results"))
-    parser.add_argument("--nap", type=float, default=0.0)
-    args = parser.parse_args(argv)
-    name = "_".join(
-        filter(
-            None, [SCRIPT, *(vars(args).get(key) for key in ("arch", "depth")), args.ghost, args.init, f"bs{args.bs}"]
-        )
-    )
-    paths = [args.out / "naps" / f"{name}_lr{lr}_s{seed:02d}.json" for lr in args.lr for seed in range(args.seeds)]
-    return args, paths
+def runs(words):
+    """The folder of a line's results, and the names of its runs."""
+    name = "-".join(value(words, flag, "") for flag in ("--init", "--bs", "--depth")).strip("-")
+    return Path(value(words, "--out", "results")), [f"{name}-{i}" for i in range(int(value(words, "--seeds")))]
 
 
-def is_running(path):
-    try:
-        with open(path.with_suffix(".lock")) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+def noted(file):
+    return file.read_text().split() if file.exists() else []
 
 
-def print_status():
-    for line in sys.stdin.read().splitlines():
-        words = shlex.split(line, comments=True)
-        _, paths = parse(words[words.index(f"{SCRIPT}.py") + 1 :])
-        records = [json.loads(path.read_text()) for path in paths if path.exists()]
-        diverged = sum(record["status"] == "diverged" for record in records)
-        running = sum(is_running(path) for path in paths if not path.exists())
-        name = paths[0].stem
-        grid = "naps/" + name[: name.index("_lr")]
-        print(len(records), diverged, running, len(paths), grid, line, sep="\t")
+def note(file, text):
+    with open(file, "a") as lines:
+        lines.write(text + "\n")
 
 
-def train(args, paths):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    ends = json.loads(os.environ.get("ENDS", "{}")).get(args.init)
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".lock"), "w") as lock:
+def train(words):
+    out, names = runs(words)
+    init, elsewhere = value(words, "--init"), False
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        with open(out / f"{name}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                elsewhere = True
                 continue
-            if path.exists():
+            if name in noted(out / "made"):
                 continue
-            note(args.out / "begun", path)
-            time.sleep(args.nap)
-            if ends is not None:
-                print(f"error: {args.init} is out of luck", end="", flush=True)
-                os.kill(os.getpid(), -ends) if ends < 0 else sys.exit(ends)
-            note(args.out / "made", path)
-            status = "diverged" if args.init == "none" else "done"
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"status": status, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}))
-            temporary.rename(path)
+            note(out / "begun", name)
+            end = json.loads(os.environ.get("ENDS", "{}")).get(init, 0)
+            if end:
+                print(f"error: {init} is out of luck", end="", flush=True)
+                os.kill(os.getpid(), -end) if end < 0 else sys.exit(end)
+            time.sleep(float(value(words, "--nap", 0)))
+            print(f"{name} on GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
+            note(out / "made", name)
+    sys.exit(76 if elsewhere else 0)
 
 
-def note(file, path):
-    with open(file, "a") as lines:
-        lines.write(path.stem + "\n")
+def watch(lines, workers):
+    """Ends like the real one: 0 as soon as all runs are made, 1 if some are not when all workers have ended."""
+    for worker in workers:
+        while Path(f"/proc/{worker}").exists():
+            if all(set(names) <= set(noted(out / "made")) for out, names in lines):
+                sys.exit(0)
+            time.sleep(0.05)
+    sys.exit(any(set(names) - set(noted(out / "made")) for out, names in lines))
 
 
-def plot(out, edges):
-    """The optimum of every grid is 2^BEST: where its records do not reach it, the next rate is 2^(highest + 1)."""
-    names = [path.stem for path in Path(out).glob("naps/*.json")]
-    if not edges:
-        print("report")
-    elif "BEST" in os.environ:
-        for grid in {name[: name.index("_lr")] for name in names}:
-            highest = max(int(name.split("_lr2^")[1][:-4]) for name in names if name.startswith(f"{grid}_lr"))
-            if highest < int(os.environ["BEST"]):
-                print(f"naps/{grid}\t2^{highest + 1}")
+def main(script, words):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    if script != "wrn_cifar.py" and script != "resnet_imagenet.py":
+        print(script, *words)
+    elif "--watch" in words:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        watch([runs(shlex.split(line, comments=True)) for line in sys.stdin], words[1:])
+    else:
+        train(words)
 
 
 if __name__ == "__main__":
-    if SCRIPT == "plot":
-        plot(sys.argv[1], sys.argv[2:] == ["--edges"])
-    elif sys.argv[1:] == ["--status"]:
-        print_status()
-    else:
-        train(*parse(sys.argv[1:]))
+    main(Path(sys.argv[0]).name, sys.argv[1:])
