@@ -377,12 +377,12 @@ def main(argv=None):
         return cost(folder)
     device = runner.pick_device(args.device)
     args.precision = common.pick_precision(args.amp, device)
-    runner.check_writable(folder)
     path = folder / f"{args.model}_{slug(points.device_name(device))}_t{torch.get_num_threads()}.json"
-    for record in make_record(args, device):
-        content = record | {"rows": [vars(row) for row in record["rows"]]}
-        with atomic_write(path) as file:
-            file.write(json.dumps(content, allow_nan=False, indent=1).encode())
+    with points.output_folder(folder):
+        for record in make_record(args, device):
+            content = record | {"rows": [vars(row) for row in record["rows"]]}
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, allow_nan=False, indent=1).encode())
     print_table(record)
     draw(record, path.with_suffix(".png"))
     print(f"record: {path}; picture: {path.with_suffix('.png')}")
