@@ -24,7 +24,6 @@ import itertools
 import math
 import threading
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -433,17 +432,12 @@ def make_optimizer(net: nn.Module, config: dict) -> torch.optim.SGD:
     Each group's "lr" is a tensor on the device, to be filled with the scheduled rate times the group's
     "multiplier": `scalar_lr` for the 0-dim parameters, one for the rest.
     """
-    parameters, rest_decay = list(net.parameters()), config["wd"] if config["l2_all"] else 0.0
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config["wd"], "multiplier": 1.0},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": rest_decay, "multiplier": 1.0},
-        {
-            "params": [p for p in parameters if p.ndim == 0],
-            "weight_decay": rest_decay,
-            "multiplier": config["scalar_lr"],
-        },
-    ]
-    groups = [g | {"lr": torch.zeros((), device=parameters[0].device)} for g in groups if g["params"]]
+    wd, rest_wd = config["wd"], config["wd"] if config["l2_all"] else 0.0
+    parameters, groups = list(net.parameters()), []
+    for dims, decay, multiplier in ((2, wd, 1.0), (1, rest_wd, 1.0), (0, rest_wd, config["scalar_lr"])):
+        if chosen := [p for p in parameters if min(p.ndim, 2) == dims]:
+            rate = torch.zeros((), device=chosen[0].device)
+            groups.append({"params": chosen, "weight_decay": decay, "multiplier": multiplier, "lr": rate})
     optimizer = torch.optim.SGD(groups, momentum=config["momentum"], fused=True)
     for p in parameters if config["momentum"] else ():  # made now, because they are part of a run's state
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -521,6 +515,24 @@ def divide_batch(bs: int, ghost: int | None, world: int, micro: int, device: str
     return Division(per_rank, micro, ghost, max(1, ghost // per_rank))
 
 
+def share_ghost_batches(norms: list[GhostBatchNorm2d], division: Division, world: int):
+    """Let batch norm take statistics over the ranks of a ghost batch, and forget as fast as on one rank.
+
+    Of the S steps that the running statistics make in an update, each of W groups of ranks makes S/W.
+    """
+    for norm in norms:
+        norm.group = rank_group(division.ranks_per_ghost)
+        norm.momentum = 1 - (1 - norm.momentum) ** (world // division.ranks_per_ghost)
+
+
+def combine_ranks(sums: list[torch.Tensor], means: list[torch.Tensor]):
+    """Replace 1-dim tensors by their sum over all ranks, and others by their mean, in one all-reduce."""
+    flat = torch.cat([*sums, *(mean / dist.get_world_size() for mean in means)])
+    dist.all_reduce(flat)
+    tensors = [*sums, *means]
+    torch._foreach_copy_(tensors, list(flat.split([len(tensor) for tensor in tensors])))
+
+
 class SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over a group of ranks (None: this one alone), also for its gradient."""
 
@@ -560,10 +572,9 @@ class BatchNormOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight, mean, invstd, counts = ctx.saved_tensors
-        if x.is_contiguous(memory_format=torch.channels_last):
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
-        else:
-            gradient = gradient.contiguous()
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        gradient = gradient.contiguous(memory_format=layout)
         *sums, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
             gradient, x, mean, invstd, weight, True, True, True
         )
@@ -590,6 +601,16 @@ def epoch_end(epoch: int, images: int, bs: int) -> int:
     return -(-(epoch + 1) * images // bs)
 
 
+def epoch_batches(data, seed: int, epoch: int, bs: int):
+    """The rows of a 0-based epoch's updates, (updates, bs, columns); the last update reaches into the next."""
+    images = data.train_images
+    start, stop = epoch_end(epoch - 1, images, bs) * bs, epoch_end(epoch, images, bs) * bs
+    rows = data.draw(seed, epoch)
+    if stop > (epoch + 1) * images:
+        rows = torch.cat([rows, data.draw(seed, epoch + 1)])
+    return rows[start - epoch * images : stop - epoch * images].unflatten(0, (-1, bs))
+
+
 def cuda_graph(work, generator, pool=None):
     """Record what work() asks of the GPU on the current stream; returns its replay and its memory pool."""
     graph = torch.cuda.CUDAGraph()
@@ -605,15 +626,8 @@ stop_asked = threading.Event()  # set by a signal's handler
 class Run:
     """One training run. It owns its net, optimizer and random numbers: its configuration decides its result.
 
-    `data` offers
-        train_images, test_images    how many there are
-        draw(seed, epoch)            a row per training image in the epoch's order: which one, how augmented
-        feed(batches)                an iterator: for each batch of rows, the tensors that train_batch takes
-        train_batch(*tensors)        images (B, 3, H, W), float, and labels (B,), int64, on the device
-        test_batches(rank, world)    the same for a rank's part of the test images
-        on_device                    True if rows are on the device, so that updates can become a CUDA graph
-
-    Raises UserError for a batch larger than the data set, or one that cannot be divided (`divide_batch`).
+    `data` is `data.Images` or `data.ImageNet`, or has the same attributes and methods. Raises UserError for a
+    batch larger than the data set, or one that cannot be divided (`divide_batch`).
     """
 
     def __init__(self, config, net, data, device, micro=0, halvings=10, compiled=False):
@@ -623,21 +637,17 @@ class Run:
         self.halvings = halvings
         self.rank, self.world = ranks()
         norms = [m for m in net.modules() if isinstance(m, GhostBatchNorm2d)]
-        ghost = config["ghost"] if norms else None
-        self.division = divide_batch(self.bs, ghost, self.world, micro, device.type)
-        for norm in norms:
-            norm.group = rank_group(self.division.ranks_per_ghost)
-            # Each of W groups of ranks makes S/W of an update's S steps and has to forget as fast as S would.
-            norm.momentum = 1 - (1 - norm.momentum) ** (self.world // self.division.ranks_per_ghost)
+        self.division = divide_batch(self.bs, config["ghost"], self.world, micro, device.type)
+        share_ghost_batches(norms, self.division, self.world)
+        start = self.rank * self.division.per_rank
+        self.own = slice(start, start + self.division.per_rank)  # this rank's images of a batch
 
         self.net = net.to(device, memory_format=torch.channels_last)
         self.dtype = net.classifier.weight.dtype
         self.model = torch.compile(self.net) if compiled else self.net
         if self.world > 1:
-            options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            with warnings.catch_warnings():  # newer PyTorch has another name for broadcast_buffers
-                warnings.simplefilter("ignore", FutureWarning)
-                self.model = DistributedDataParallel(self.model, **options)
+            self.model = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False  # `step` averages those of batch norm
         low = AUTOCAST.get(config["precision"])
         self.autocast = functools.partial(torch.autocast, device.type, low, enabled=low is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config["precision"] == "fp16")
@@ -665,34 +675,33 @@ class Run:
 
     def step(self, feed):
         """One update on the next images of `feed`, in passes of `micro`; never waits for the device."""
-        passes = -(-self.division.per_rank // self.division.micro)
-        noise = self.dropout_noise() or [None] * passes
+        noise = self.dropout_noise()
         tally = self.totals.new_zeros(3, dtype=self.dtype)  # summed loss, right answers, ranks asked to stop
         self.optimizer.zero_grad()
         with self.autocast():  # around all passes, so that each weight is cast once
-            for i in range(passes):
+            for i, its_noise in enumerate(noise, 1):
                 images, labels = self.data.train_batch(*self.next_of(feed))
-                last_pass = i == passes - 1
-                with contextlib.nullcontext() if last_pass or self.world == 1 else self.model.no_sync():
-                    logits = self.logits(self.model, images, noise[i])
+                last_or_only = i == len(noise) or self.world == 1
+                with contextlib.nullcontext() if last_or_only else self.model.no_sync():
+                    logits = self.logits(self.model, images, its_noise)
                     loss = F.cross_entropy(logits, labels, reduction="sum")
                     self.scaler.scale(loss * (self.world / self.bs)).backward()
                 tally[0] += loss.detach()
                 tally[1] += (logits.detach().argmax(1) == labels).sum()
         if self.world > 1:
-            self.combine_ranks(tally)
+            tally[2] += stop_asked.is_set()
+            combine_ranks([tally], self.statistics)
         self.totals += tally
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def dropout_noise(self):
-        """Noise for each pass, or None. Drawn for the whole batch: the division does not change it."""
+        """Noise, or None, for each pass. Drawn for the whole batch: the division does not change it."""
         if self.net.drop_probability == 0:
-            return None
+            return [None] * -(-self.division.per_rank // self.division.micro)
         shape = self.bs, self.net.classifier.in_features
         noise = torch.rand(shape, generator=self.generator, device=self.device)
-        own = noise[self.rank * self.division.per_rank :][: self.division.per_rank]
-        return own.split(self.division.micro)
+        return noise[self.own].split(self.division.micro)
 
     def next_of(self, feed):
         """The next item of a feed; the time that passes until it comes is counted."""
@@ -700,27 +709,6 @@ class Run:
         item = next(feed)
         self.waited += time.perf_counter() - began
         return item
-
-    def combine_ranks(self, tally):
-        """Make a tally its sum over all ranks, and batch norm's running statistics their mean."""
-        tally[2] += stop_asked.is_set()
-        flat = torch.cat([tally, *(b / self.world for b in self.statistics)])
-        dist.all_reduce(flat)
-        sizes = [len(b) for b in (tally, *self.statistics)]
-        torch._foreach_copy_([tally, *self.statistics], list(flat.split(sizes)))
-
-    def batches(self, epoch: int):
-        """The rows of a 0-based epoch's updates (updates, images per rank, columns), those of this rank.
-
-        The last update reaches into the next epoch.
-        """
-        images, bs = self.data.train_images, self.bs
-        start, stop = epoch_end(epoch - 1, images, bs) * bs, epoch_end(epoch, images, bs) * bs
-        rows = self.data.draw(self.config["seed"], epoch)
-        if stop > (epoch + 1) * images:
-            rows = torch.cat([rows, self.data.draw(self.config["seed"], epoch + 1)])
-        rows = rows[start - epoch * images : stop - epoch * images].unflatten(0, (-1, bs))
-        return rows[:, self.rank * self.division.per_rank : (self.rank + 1) * self.division.per_rank]
 
     def scheduled(self, update: int) -> float:
         """The learning rate of a 0-based update."""
@@ -730,9 +718,10 @@ class Run:
     def begin_epoch(self):
         """Draw the epoch's images; where a part of them was trained on already, the rest is fed."""
         self.first = epoch_end(self.epoch - 1, self.data.train_images, self.bs)
-        self.rows, self.marked, self.waited = self.batches(self.epoch), time.perf_counter(), 0.0
+        self.rows = epoch_batches(self.data, self.config["seed"], self.epoch, self.bs)[:, self.own]
         left = () if self.data.on_device else self.rows[self.updates - self.first :]
         self.feed = self.data.feed([part for rows in left for part in rows.split(self.division.micro)])
+        self.waited = 0.0
 
     def bursts(self):
         """The rest of the epoch in pieces of at most `burst` updates of one learning rate: (rate, rows)."""
@@ -755,8 +744,6 @@ class Run:
             self.update_on(rows)
         self.updates += len(rows)
         self.poll()
-        now = time.perf_counter()
-        self.seconds, self.marked = self.seconds + now - self.marked, now
 
     def update_on(self, rows):
         """An update on each of the rows (updates, images per rank, columns)."""
@@ -835,9 +822,11 @@ def train(run: Run, eval_every: int):
     saved. It ends early, with `run.diverged`, once the loss is not finite.
     """
     while run.epoch < run.config["epochs"]:
+        began = time.perf_counter() - run.seconds
         run.begin_epoch()
         for rate, rows in run.bursts():
             run.advance(rate, rows)
+            run.seconds = time.perf_counter() - began
             if run.diverged:
                 return
             yield len(rows) * run.bs
@@ -846,7 +835,7 @@ def train(run: Run, eval_every: int):
         run.diverged = not math.isfinite(loss + l2)
         if run.diverged:
             return
-        seconds = run.seconds + time.perf_counter() - run.marked
+        seconds = time.perf_counter() - began
         entry = {"epoch": run.epoch + 1, "lr": run.scheduled(run.first)}
         entry |= {"train_loss": loss, "l2": l2, "train_accuracy": right}
         if (run.epoch + 1) % eval_every == 0 or run.epoch + 1 == run.config["epochs"]:

@@ -348,7 +348,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=[*common.METHODS, WHOLE], help="rows of the table [the usual ones]")
     add("--batches", type=positive, nargs="+", help="batch sizes [1 to 256 on a CPU, to 2048 on a GPU]")
     add("--rounds", type=positive, help="how often each figure is measured [5; with --short 2]")
-    add("--seconds", type=number(float, 0), help="how long, at least [1; with --short 0.4]")
+    add("--seconds", type=number(float, 0, 1e6), help="how long, at least [1; with --short 0.4]")
     add("--short", action="store_true", help="batch sizes 1, 16, 64 and 512, in one precision, without fixup")
     add("--compile", action="store_true", help="measure torch.compile as well; it takes minutes")
     add("--photos", type=Path, help="folder of photographs, to measure how fast ImageNet is decoded")
@@ -378,7 +378,7 @@ def main(argv=None):
     device = runner.pick_device(args.device)
     args.precision = common.pick_precision(args.amp, device)
     path = folder / f"{args.model}_{slug(points.device_name(device))}_t{torch.get_num_threads()}.json"
-    with points.output_folder(folder):
+    with runner.output_folder(folder):
         for record in make_record(args, device):
             content = record | {"rows": [vars(row) for row in record["rows"]]}
             with atomic_write(path) as file:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from common import METHODS, GhostBatchNorm2d, ScalarBias, WideResNet, dropout
-from runner import power, run_name
 
 PARAMETERS = {  # (depth, width): bn, none, zeroinit
     (16, 4): (2_748_890, 2_745_264, 2_747_536),
@@ -32,7 +31,9 @@ def test_depth_must_be_6n_plus_4(depth):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("images", "ghost", "chunks"), [(8, 4, 2), (10, 4, 3), (3, 4, 1), (8, 0, 1), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("images", "ghost", "chunks"), [(8, 4, 2), (12, 4, 3), (3, 4, 1), (8, 0, 1), (4, 4, 1)]
+)
 def test_ghost_batch_norm(images, ghost, chunks, memory_format):
     torch.manual_seed(0)
     layer = GhostBatchNorm2d(3, ghost).double()
@@ -130,14 +131,21 @@ def test_fixup_starts_by_its_four_rules():
         x = torch.randn(2, block.conv1.in_channels, 8, 8)
         h = torch.relu(x + b1) + b2
         branch = block.scale * block.conv2(torch.relu(block.conv1(h) + b3) + b4)
-        torch.testing.assert_close(block(x), branch + (x if block.projection is None else block.projection(h)))
-    features = torch.relu(net.blocks[-1](x := torch.randn(2, 256, 8, 8)) + net.norm.bias).mean((2, 3)) + net.bias.bias
+        torch.testing.assert_close(
+            block(x), branch + (x if block.projection is None else block.projection(h))
+        )
+    features = (
+        torch.relu(net.blocks[-1](x := torch.randn(2, 256, 8, 8)) + net.norm.bias).mean((2, 3))
+        + net.bias.bias
+    )
     tail = F.linear(features, net.classifier.weight, net.classifier.bias)
     net.stem, net.blocks = torch.nn.Identity(), net.blocks[-1:]
     torch.testing.assert_close(net(x), tail)
 
 
-@pytest.mark.parametrize(("base_init", "expected"), [("lecun", 0.8796 * 9**-0.5), ("he-in", 2**0.5 * 9**-0.5)])
+@pytest.mark.parametrize(
+    ("base_init", "expected"), [("lecun", 0.8796 * 9**-0.5), ("he-in", 2**0.5 * 9**-0.5)]
+)
 def test_base_initialization(base_init, expected):
     """A normal truncated at two standard deviations keeps 0.8796 of its own."""
     torch.manual_seed(0)
@@ -157,17 +165,22 @@ def test_biases_and_dropout_are_where_the_tables_have_them(init):
     assert all((m.bias is not None) == biased for m in net.modules() if isinstance(m, torch.nn.Conv2d))
     assert (net.classifier.bias is not None) == (biased or init in ("bn", "fixup"))
     assert net.drop_probability == (0.6 if init in ("dropout", "biases+dropout", "zeroinit") else 0)
-    assert all((block.scale is not None) == (init in ("scalar", "fixup") or "zeroinit" in init) for block in net.blocks)
+    assert all(
+        (block.scale is not None) == (init in ("scalar", "fixup") or "zeroinit" in init)
+        for block in net.blocks
+    )
 
 
 def test_dropout():
     torch.manual_seed(0)
     noise = torch.tensor([[0.1, 0.59], [0.61, 0.999]])
-    torch.testing.assert_close(dropout(torch.full((2, 2), 3.0), 0.6, noise), torch.tensor([[0, 0], [7.5, 7.5]]))
-    x = dropout(torch.ones(1000, 100), 0.6)
-    assert (x == 0).float().mean().item() == pytest.approx(0.6, abs=0.01) and x.mean().item() == pytest.approx(
-        1, abs=0.02
+    torch.testing.assert_close(
+        dropout(torch.full((2, 2), 3.0), 0.6, noise), torch.tensor([[0, 0], [7.5, 7.5]])
     )
+    x = dropout(torch.ones(1000, 100), 0.6)
+    assert (x == 0).float().mean().item() == pytest.approx(
+        0.6, abs=0.01
+    ) and x.mean().item() == pytest.approx(1, abs=0.02)
     net = WideResNet(16, 1, "zeroinit")
     images = torch.randn(2, 3, 8, 8)
     assert not torch.equal(net(images), net(images))
@@ -181,16 +194,22 @@ def test_a_scalar_does_not_widen_bfloat16():
         assert block(torch.randn(2, 16, 8, 8).bfloat16()).dtype == torch.bfloat16
 
 
-def test_names():
-    assert [power(x) for x in (0.25, 1.0, 16.0, 2**-9, 0.3)] == ["2^-2", "2^0", "2^4", "2^-9", "0.3"]
-    config = {"init": "bn", "bs": 64, "lr": 0.25, "epochs": 5, "seed": 3, "wd": 0.0, "l2_all": True, "ghost": 64}
-    name = run_name("wrn16-4", config, {"wd": 5e-4, "l2_all": False, "ghost": 64})
-    assert name == "wrn16-4_bn_bs64_lr2^-2_ep5_wd0_l2all_s03"
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_scalar_starts_at_alpha(alpha):
+    net = WideResNet(16, 1, "scalar", alpha=alpha)
+    assert [block.scale.item() for block in net.blocks] == [alpha] * 6
+    x = torch.randn(2, 16, 8, 8)
+    block = net.blocks[1]
+    torch.testing.assert_close(block(x), x + alpha * block.conv2(block.conv1(x.relu()).relu()))
+
+
+def test_alpha_is_zero_by_default():
+    assert [block.scale.item() for block in WideResNet(16, 1, "zeroinit").blocks] == [0.0] * 6
 
 
 @pytest.mark.parametrize("images, ghost", [(12, 4), (12, 0), (3, 4)])
 def test_the_spelled_out_form_of_ghost_batch_norm(images, ghost):
-    """What a compiler and ranks are given equals the form of F.batch_norm: values, gradients, running statistics."""
+    """What a compiler and ranks are given equals F.batch_norm: values, gradients, running statistics."""
     torch.manual_seed(0)
     x, weights = torch.randn(2, images, 3, 5, 5, dtype=torch.float64)
     found = []
@@ -203,3 +222,21 @@ def test_the_spelled_out_form_of_ghost_batch_norm(images, ghost):
         found.append([out, *gradients, norm.running_mean, norm.running_var])
     for ours, reference in zip(*found, strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5])
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_closed_running_statistics_are_those_of_sequential_passes(chunks, momentum):
+    torch.manual_seed(0)
+    x = 3 * torch.randn(chunks, 4, 3, 5, 5, dtype=torch.float64) + 1
+    layer = GhostBatchNorm2d(3, 4).double()
+    layer.momentum = momentum
+    for statistic in (layer.running_mean, layer.running_var):
+        torch.nn.init.uniform_(statistic, 0.5, 2)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    for part in x:
+        F.batch_norm(part, mean, var, training=True, momentum=momentum)
+    layer.update_running(layer.running_mean, x.mean((1, 3, 4)))
+    layer.update_running(layer.running_var, x.var((1, 3, 4)))
+    torch.testing.assert_close(layer.running_mean, mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.running_var, var, rtol=0, atol=1e-12)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import common
 import wrn_cifar
 from common import METHODS, BottleneckV1, BottleneckV2, GhostBatchNorm2d, ResNet50, ScalarBias, WideResNet
 from records import UserError
@@ -32,13 +33,18 @@ def random_net(*args, **options):
     return net
 
 
+def projection(block):
+    """The convolution on a block's skip path; in V1 a norm may follow."""
+    return block.projection[0] if isinstance(block, BottleneckV1) else block.projection
+
+
 def assert_close(ours, reference):
     """Equal up to 1e-9 of the largest entry."""
     assert ours.shape == reference.shape and reference.abs().max() > 0
     assert (ours - reference).abs().max() <= 1e-9 * reference.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------------------- counts
+# ------------------------------------------------------------------------------------------------ counts
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,12 @@ def assert_close(ours, reference):
         ("v1", "zeroinit+bias", 25_530_488 + 16, 32),
         ("v1", "fixup", 25_504_026, 114),
         ("v2", "bn", 25_549_352, 0),
-        ("v2", "zeroinit", 25_530_488, 16),  # neither norms nor their places: the same convolutions and biases as v1
+        (
+            "v2",
+            "zeroinit",
+            25_530_488,
+            16,
+        ),  # neither norms nor their places: the same convolutions and biases as v1
     ],
 )
 def test_parameter_counts(version, init, parameters, scalars):
@@ -59,7 +70,7 @@ def test_parameter_counts(version, init, parameters, scalars):
     assert sum(p.ndim == 0 for p in net.parameters()) == scalars
 
 
-# --------------------------------------------------------------------------------------------------------- references
+# -------------------------------------------------------------------------------------------- references
 
 
 def to_torchvision(name):
@@ -69,7 +80,9 @@ def to_torchvision(name):
         return name.replace("stem.0", "conv1").replace("stem.1", "bn1").replace("classifier", "fc")
     index, _, rest = rest.partition(".")
     group, first = max((g, first) for g, first in enumerate(FIRST, 1) if first <= int(index))
-    return f"layer{group}.{int(index) - first}.{rest.replace('norm', 'bn').replace('projection', 'downsample')}"
+    return (
+        f"layer{group}.{int(index) - first}.{rest.replace('norm', 'bn').replace('projection', 'downsample')}"
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -83,7 +96,7 @@ def test_v1_equals_torchvision(stride_on, training):
     if stride_on is None:  # the paper's own has the stride on the first convolution
         for group in (theirs.layer2, theirs.layer3, theirs.layer4):
             group[0].conv1.stride, group[0].conv2.stride = group[0].conv2.stride, group[0].conv1.stride
-    images, direction = torch.randn(3, 3, 64, 64).double(), torch.randn(3, 10).double()
+    images, direction = torch.randn(4, 3, 32, 32).double(), torch.randn(4, 10).double()
     logits, expected = ours(images), theirs(images)
     assert_close(logits, expected)
     (logits * direction).sum().backward()
@@ -98,7 +111,7 @@ def test_v1_equals_torchvision(stride_on, training):
 
 
 def reference_v2(p, images, init, training, noise, stride_on):
-    """The logits of ResNet-50-V2 from its parameters and statistics p, by He et al. (2016b) and Zhang et al. (2019)."""
+    """The logits of ResNet-50-V2 with parameters and statistics p (He et al., 2016b; Zhang et al., 2019)."""
 
     def activation(x, name):
         if init == "fixup":
@@ -143,8 +156,8 @@ def reference_v2(p, images, init, training, noise, stride_on):
 def test_v2_equals_a_functional_reference(init, training, stride_on):
     net = random_net("v2", init, stride_on=stride_on).train(training)
     p = dict(net.named_parameters()) | {name: b.clone() for name, b in net.named_buffers()}
-    images, direction = torch.randn(3, 3, 64, 64).double(), torch.randn(3, 10).double()
-    noise = torch.rand(3, 2048).double()
+    images, direction = torch.randn(4, 3, 32, 32).double(), torch.randn(4, 10).double()
+    noise = torch.rand(4, 2048).double()
     logits, expected = net(images, noise), reference_v2(p, images, init, training, noise, stride_on)
     assert_close(logits, expected)
     gradients = torch.autograd.grad((logits * direction).sum(), list(net.parameters()))
@@ -156,7 +169,7 @@ def test_v2_equals_a_functional_reference(init, training, stride_on):
 @pytest.mark.parametrize("init", ["zeroinit", "zeroinit+bias", "fixup"])
 @pytest.mark.parametrize("inputs", [64, 32])
 def test_v1_blocks_without_norm(init, inputs):
-    """Fixup as its authors have it, conv(x + a) throughout and a bias before each ReLU; ZeroInit as in section 5."""
+    """Fixup as its authors have it, conv(x + a) and a bias before each ReLU; ZeroInit as in section 5."""
     torch.manual_seed(0)
     block = BottleneckV1(METHODS[init], inputs, 16, 2 if inputs == 32 else 1, 0, "1x1").double()
     for p in block.parameters():
@@ -173,7 +186,7 @@ def test_v1_blocks_without_norm(init, inputs):
         return F.conv2d(x, conv.weight, conv.bias, stride, conv.weight.shape[-1] // 2)
 
     x = torch.randn(2, inputs, 8, 8).double()
-    skip = convolution(x + a1, block.projection, 2) if inputs == 32 else x
+    skip = convolution(x + a1, projection(block), 2) if inputs == 32 else x
     h = (convolution(x + a1, block.conv1, 2 if inputs == 32 else 1) + b1).relu()
     h = (convolution(h + a2, block.conv2) + b2).relu()
     expected = (skip + convolution(h + a3, block.conv3) * block.scale + b3).relu()
@@ -186,12 +199,12 @@ def test_ghost_batches(version):
     net = random_net(version, "bn", ghost=2)
     ghosts = [module.ghost for module in net.modules() if isinstance(module, GhostBatchNorm2d)]
     assert ghosts == [2] * {"v1": 53, "v2": 49}[version]
-    images = torch.randn(4, 3, 64, 64).double()
+    images = torch.randn(4, 3, 32, 32).double()
     with torch.no_grad():
         assert_close(net(images), torch.cat([net(images[:2]), net(images[2:])]))
 
 
-# ----------------------------------------------------------------------------------------------------- initialization
+# ---------------------------------------------------------------------------------------- initialization
 
 
 @pytest.mark.parametrize(("version", "init"), [("v1", "zeroinit"), ("v1", "zeroinit+bias"), ("v2", "scalar")])
@@ -219,15 +232,22 @@ def test_fixup_starts_by_its_four_rules(version):
     assert len(net.blocks) == 16
     for i, (block, width) in enumerate(zip(net.blocks, WIDTH, strict=True)):
         assert block.conv3.weight.count_nonzero() == 0 and block.scale.item() == 1
-        for conv, fan_out in (block.conv1, width), (block.conv2, 9 * width):  # He, times 16^(-1/(2m-2)) with m = 3
+        # He's deviation times 16^(-1/(2m-2)), m = 3.
+        for conv, fan_out in (block.conv1, width), (block.conv2, 9 * width):
             assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out) / 2, rel=0.05)
         if i in FIRST:
-            assert block.projection.weight.std().item() == pytest.approx(math.sqrt(2 / (4 * width)), rel=0.05)
+            deviation = projection(block).weight.std().item()
+            assert deviation == pytest.approx(math.sqrt(2 / (4 * width)), rel=0.05)
     assert net.stem[0].weight.std().item() == pytest.approx(math.sqrt(2 / (49 * 64)), rel=0.05)
     biases = [module.bias for module in net.modules() if isinstance(module, ScalarBias)]
     assert len(biases) == 98 and all(bias.ndim == 0 and bias.item() == 0 for bias in biases)
     assert all(module.bias is None for module in net.modules() if isinstance(module, torch.nn.Conv2d))
-    assert net(torch.randn(2, 3, 64, 64)).abs().max() == 0
+    assert net(torch.randn(2, 3, 32, 32)).abs().max() == 0
+
+
+def test_the_scalars_start_at_alpha(monkeypatch):
+    monkeypatch.setattr(common, "initialize", lambda *_: None)  # of other parameters; it takes seconds
+    assert {block.scale.item() for block in ResNet50("v2", "scalar", alpha=0.5).blocks} == {0.5}
 
 
 def test_norms_start_as_plain_ones():
@@ -240,7 +260,7 @@ def test_norms_start_as_plain_ones():
     assert net.classifier.weight.std().item() == pytest.approx(0.8796 * 2048**-0.5, rel=0.02)
 
 
-# -------------------------------------------------------------------------------------------------- methods and errors
+# ------------------------------------------------------------------------------------ methods and errors
 
 
 def test_the_scalar_bias_is_for_v1_only():
@@ -265,14 +285,16 @@ def test_biases_and_dropout_are_where_the_tables_have_them(init):
     biased = init.startswith(("biases", "zeroinit"))
     assert all((m.bias is not None) == biased for m in net.modules() if isinstance(m, torch.nn.Conv2d))
     assert (net.classifier.bias is not None) == (biased or init in ("bn", "fixup"))
-    assert net.drop_probability == (0.2 if init in ("dropout", "biases+dropout", "zeroinit", "zeroinit+bias") else 0)
+    assert net.drop_probability == (
+        0.2 if init in ("dropout", "biases+dropout", "zeroinit", "zeroinit+bias") else 0
+    )
     with torch.device("meta"):
         assert ResNet50("v1", init, dropout=0.5).drop_probability == 0.5
 
 
 def test_dropout_only_in_training():
     net = random_net("v1", "zeroinit")
-    images, bias = torch.randn(2, 3, 64, 64).double(), net.classifier.bias
+    images, bias = torch.randn(2, 3, 32, 32).double(), net.classifier.bias
     with torch.no_grad():
         assert not torch.equal(net(images), net(images))
         kept, dropped = (net(images, torch.full((2, 2048), noise).double()) for noise in (0.2, 0.19))
