@@ -244,6 +244,18 @@ def test_bad_data_ends_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_cifar10_that_is_absent_leaves_nothing(tmp_path, capsys, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    words = ["--out", tmp_path / "out", "--data-dir", tmp_path / "data"]
+    assert script(*words, flags="--epochs 1 --device cpu") == 2
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("cifar-10-python.tar.gz", "--data folder", "--data shapes"))
+    assert not any(tmp_path.iterdir())
+    assert script("--dry-run", *words, flags="--epochs 1 --device cpu") == 0  # which needs no images
+
+
 def test_dry_run_refuses_what_the_run_refuses(tmp_path, capsys):
     folder = make_folder(tmp_path / "images")
     shapes, pictures = "--data shapes --device cpu", f"--data folder --data-dir {folder} --device cpu"
