@@ -149,6 +149,9 @@ def load_cifar(name: str, folder: Path):
                 train = kind(folder, train=True, download=True)
         test = kind(folder, train=False)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # where nothing came
+            (folder / ".download.lock").unlink(missing_ok=True)
+            folder.rmdir()
         ways = f"put {kind.filename} there, or try --data folder or --data shapes"
         raise UserError(f"{title} is not in {folder} and cannot be downloaded ({error}): {ways}") from None
     return *((part.data, np.array(part.targets, dtype=np.int64)) for part in (train, test)), classes

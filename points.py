@@ -11,7 +11,9 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import records
-from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group, stop_asked
 from records import UserError, check_same, find_record, power, run_name, slug
 
 
@@ -39,6 +41,30 @@ def flush(file):
         file.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+@contextlib.contextmanager
+def signals_ask_to_stop(at_once: bool = False):
+    """Let signals finish the updates under way and save, rather than end the process.
+
+    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
+    """
+
+    def stop(*_):
+        stop_asked.set()
+        if at_once:
+            raise KeyboardInterrupt
+
+    stop_asked.clear()
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -188,7 +214,11 @@ def pick_device(name: str | None) -> torch.device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            problem = str(error).partition("\n")[0]
+            raise UserError(f"WORLD_SIZE is set, but the other ranks cannot be joined: {problem}") from None
     return device
 
 
@@ -278,6 +308,27 @@ def make_point(
     seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
     folder = args.out / slug(args.data_name)
     return Point(folder, prefix, shared, defaults, rates, seeds, args.search, metrics)
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path):
+    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
+
+    Raises UserError if no file can be written in it.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for each in made:
+                each.rmdir()
+        raise
 
 
 def take_lock(path: Path) -> contextlib.ExitStack | None:

@@ -124,6 +124,7 @@ def write_record(path: Path, record: dict):
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None):
     """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # a folder that was removed takes no run with it
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -19,7 +19,7 @@ import data
 import points
 import runner
 from common import METHODS, ResNet50
-from points import Parser, fraction, natural, positive
+from points import Parser, fraction, natural
 from records import ACCURACY
 
 HALVINGS = 9  # at 45, 50, ..., 85 of 90 epochs (section 5)
@@ -43,8 +43,12 @@ def make_parser() -> Parser:
         "--data-dir", type=Path, default=Path("data/imagenet"), help="folder of train/CLASS/* and val/CLASS/*"
     )
     add("--data-name", help="name of the images in records and reports [the folder's own name]")
-    add("--image-size", type=positive, default=224, help="side of the crops")
-    add("--workers", type=natural, help="processes that decode images, per rank [its part of the cores]")
+    add("--image-size", type=points.number(int, 1, 10_000), default=224, help="side of the crops")
+    add(
+        "--workers",
+        type=points.number(int, 0, 1000),
+        help="processes that decode images, per rank [its part of the cores]",
+    )
     points.add_shared_flags(parser, bs=256, epochs=90, wd=1e-4, concurrent=1)
     return parser
 

@@ -14,10 +14,8 @@ import functools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ import torch.distributed as dist
 
 import progress
 import records
-from common import Run, ranks, stop_asked, stream_seed, train
+from common import Run, ranks, stream_seed, train
 from points import (
     Point,
     Progress,
@@ -36,14 +34,20 @@ from points import (
     device_name,
     flush,
     leave_ranks,
+    output_folder,
     pick_device,
     print_plan,
     say,
+    signals_ask_to_stop,
     take_lock,
 )
 from records import UserError, atomic_write, check_same, find_record
 
 # -------------------------------------------------------------------------------------------- exit codes
+
+
+FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP
 
 
 class Interrupted(Exception):
@@ -69,6 +73,8 @@ def exit_code(main) -> int:
 
     0 done, 1 failed, 2 bad usage or data, 75 interrupted, 76 the rest is in other processes' hands.
     """
+    with contextlib.suppress(AttributeError):  # a stream in memory has no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
     except UserError as error:
@@ -76,10 +82,16 @@ def exit_code(main) -> int:
             complain(str(error))
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename or 'the disk'}: {error.strerror}"
+        if error.errno in WRONG_PATH:
+            complain(where)
+            return 2
+        if error.errno not in FULL_DISK:
             raise
-        where = error.filename or "the disk"
-        complain(f"{where}: {error.strerror}; free some space and run again")
+        complain(f"{where}; free some space and run again")
+        return 1
+    except MemoryError as error:
+        complain(f"not enough memory: {error}")
         return 1
     except (KeyboardInterrupt, Interrupted):
         say("interrupted: the same command goes on from here")
@@ -140,27 +152,6 @@ def commit() -> str | None:
         return None
 
 
-@contextlib.contextmanager
-def output_folder(folder: Path):
-    """A folder that can be written to, made if need be; after an error it is removed again if it is empty.
-
-    Raises UserError if no file can be written in it.
-    """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for each in made:
-                each.rmdir()
-        raise
-
-
 def load_tensors(path: Path) -> dict:
     """What torch.save wrote to a file, on the CPU. Raises ValueError for a damaged file, in one line.
 
@@ -177,6 +168,16 @@ def load_tensors(path: Path) -> dict:
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
+def save_tensors(file, content: dict):
+    """Write what load_tensors reads. Raises OSError for what is wrong with the disk."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:  # torch.save trips over the file that it could not write
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def checkpoint_files(path: Path) -> list[Path]:
     """The checkpoint of a record's run, and the one before it."""
     return [path.with_suffix(".ckpt"), path.with_suffix(".ckpt.old")]
@@ -186,7 +187,7 @@ def write_checkpoint(path: Path, state: dict):
     """Save the state of a record's run beside it; the last checkpoint is kept as well."""
     new, old = checkpoint_files(path)
     with atomic_write(new, old) as file:
-        torch.save(state, file)
+        save_tensors(file, state)
 
 
 def read_checkpoint(path: Path, config: dict) -> dict | None:
@@ -208,10 +209,24 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
     return None
 
 
+def load_state(path: Path, run: Run, state: dict):
+    """Bring a run to the state in a checkpoint. Raises UserError for one of other code."""
+    try:
+        if [t.shape for t in state["tensors"]] != [t.shape for t in run.tensors]:
+            raise ValueError("tensors of other shapes")
+        run.load(state)
+    except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
+        problem = f"does not fit ({' '.join(str(error).split())[:100]})"
+        raise UserError(
+            f"{path} {problem}: it is of another version of this code; --fresh begins again"
+        ) from None
+
+
 def remove_checkpoint(path: Path):
     """The run is over, or begins again."""
     for name in checkpoint_files(path):
-        name.unlink(missing_ok=True)
+        if name.exists():  # unlink() fails on a disk that is read-only, also where there is nothing
+            name.unlink(missing_ok=True)
 
 
 def weights_file(path: Path) -> Path:
@@ -224,7 +239,7 @@ def save_weights(path: Path, run: Run):
     about = {key: getattr(run.data, key) for key in ("classes", "mean", "std")}
     state = {name: tensor.cpu() for name, tensor in run.net.state_dict().items()}
     with atomic_write(weights_file(path)) as file:
-        torch.save({"config": run.config, **about, "state_dict": state}, file)
+        save_tensors(file, {"config": run.config, **about, "state_dict": state})
 
 
 def load_weights(path: Path, run: Run):
@@ -318,28 +333,6 @@ def side_by_side(device: torch.device, bs: int) -> int:
     return max(1, min(16, 1024 // bs)) if device.type == "cuda" and ranks()[1] == 1 else 1
 
 
-@contextlib.contextmanager
-def signals_ask_to_stop(at_once: bool = False):
-    """Let signals finish the updates under way and save, rather than end the process.
-
-    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
-    """
-
-    def stop(*_):
-        stop_asked.set()
-        if at_once:
-            raise KeyboardInterrupt
-
-    stop_asked.clear()
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train_side_by_side(point: Point, limit: int, start, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
     jobs, display, saved, more = {}, Progress(point), time.monotonic(), True
@@ -424,7 +417,7 @@ def start_next(point: Point, jobs: dict, start, args):
         with on_stream(run):
             state = None if args.fresh else read_checkpoint(path, run.identity())
             if state:
-                run.load(state)
+                load_state(checkpoint_files(path)[0], run, state)
                 say(f"{point.title(key)} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
             if run.stream and run.world == 1 and run.data.on_device and not args.eager:
                 run.capture()
@@ -444,7 +437,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     if error is None:
         return False
-    texts = "out of memory", "unable to find an engine"
+    texts = "out of memory", "unable to find an engine", "can't allocate memory"
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return isinstance(error, torch.OutOfMemoryError) or by_text or is_out_of_memory(error.__context__)
 
@@ -510,7 +503,7 @@ def print_accuracy(script, point: Point, args):
         if weights_file(path).exists():
             load_weights(weights_file(path), run)
         elif state := read_checkpoint(path, run.identity()):
-            run.load(state)
+            load_state(checkpoint_files(path)[0], run, state)
         else:
             raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
         shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())

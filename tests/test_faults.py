@@ -115,6 +115,16 @@ def test_a_signal_while_images_are_read_ends_it_at_once(number, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_nohup_is_obeyed(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "advance", before("advance", signal_at(6, number=signal.SIGHUP)))
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert script("--out", tmp_path) == 0
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+    assert results(tmp_path) == undisturbed()
+
+
 def test_a_terminal_that_is_closed_stops_a_run_as_other_signals_do(tmp_path):
     terminal, more = scripts.Terminal(), ["--epochs", "12", "--out", tmp_path]
     process = scripts.start(wrn_cifar, FLAGS, *more, log=terminal.path)
@@ -282,6 +292,21 @@ def test_a_checkpoint_of_another_precision_device_or_images_is_refused(
     assert path.read_bytes() == whole
 
 
+def test_a_checkpoint_of_other_code_is_one_line(tmp_path, monkeypatch, capsys):
+    path = stopped(tmp_path, monkeypatch, 7)
+    state = runner.load_tensors(path)
+    for other in (
+        {key: value for key, value in state.items() if key != "scaler"},
+        state | {"tensors": state["tensors"][:-1]},
+        state | {"tensors": [torch.zeros(3, 3), *state["tensors"][1:]]},
+    ):
+        torch.save(other, path)
+        assert script("--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert f"{path} does not fit" in error and "--fresh" in error and error.count("\n") == 1
+    assert script("--out", tmp_path, "--fresh") == 0
+
+
 # -------------------------------------------------------------------------------------------------- disk
 
 
@@ -297,16 +322,20 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder):
+def fill(folder, left: int = 0):
+    """Fill a disk but for some pages of four KB."""
     with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
+    os.truncate(folder / "filler", (folder / "filler").stat().st_size - 4096 * left)
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(small_disk, monkeypatch, capsys):
+@pytest.mark.parametrize("left", [0, 1, 10, 50])
+def test_a_disk_that_is_full_at_a_checkpoint(left, small_disk, monkeypatch, capsys):
     path = stopped(small_disk, monkeypatch, 3)
     whole = path.read_bytes()
-    fill(small_disk)
+    assert len(whole) > 51 * 4096
+    fill(small_disk, left)
     monkeypatch.setattr(common.Run, "advance", before("advance", signal_at(7)))
     assert script("--out", small_disk) == 1
     error = capsys.readouterr().err
@@ -334,6 +363,22 @@ def test_a_disk_that_is_full_at_the_record(small_disk, monkeypatch, capsys):
     assert script("--out", small_disk) == 0 and results(small_disk) == undisturbed()
 
 
+def test_a_results_folder_that_is_removed_takes_no_run_with_it(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    gone = before("advance", lambda run: run.updates == 7 and shutil.rmtree(out))
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "advance", gone)
+        assert script("--out", out, "--checkpoint-every", 0) == 0
+    assert results(out) == undisturbed()
+    assert {path.suffix for path in out.glob("shapes/*")} == {".json"}
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    assert runner.exit_code(lambda: bytearray(2**62)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory") and error.count("\n") == 1
+
+
 def test_errors_of_the_disk_that_are_not_about_space_are_not_hidden():
     def fail():
         raise OSError(errno.EIO, "Input/output error")
@@ -357,6 +402,17 @@ def test_a_results_folder_that_is_read_only():
                 os._exit(script("--out", out))
             os._exit(99)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+
+
+def test_finished_runs_on_a_disk_that_is_read_only(small_disk, capsys):
+    assert script("--out", small_disk) == 0
+    capsys.readouterr()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert script("--out", small_disk) == 0
+    assert f"{NAME}.json)" in capsys.readouterr().out
+    assert script("--out", small_disk, "--seeds", 2) == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system" in error and error.count("\n") == 1
 
 
 def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, capsys):
@@ -511,6 +567,14 @@ def test_when_one_rank_dies_all_end_soon(tmp_path):
         assert time.monotonic() - began < 60
         time.sleep(0.1)
     assert not list((tmp_path / "out").glob("shapes/*.json"))
+
+
+def test_a_rank_without_torchrun_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert script("--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: WORLD_SIZE is set") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_update_and_they_go_on(tmp_path):

@@ -1,5 +1,6 @@
 """wrn_cifar.py as a user meets it: flags, records, repeated commands, the search, bad input."""
 
+import io
 import json
 import os
 import re
@@ -243,6 +244,18 @@ def test_bad_data_ends_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_cifar10_that_is_absent_leaves_nothing(tmp_path, capsys, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    words = ["--out", tmp_path / "out", "--data-dir", tmp_path / "data"]
+    assert script(*words, flags="--epochs 1 --device cpu") == 2
+    error = capsys.readouterr().err
+    assert all(way in error for way in ("cifar-10-python.tar.gz", "--data folder", "--data shapes"))
+    assert not any(tmp_path.iterdir())
+    assert script("--dry-run", *words, flags="--epochs 1 --device cpu") == 0  # which needs no images
+
+
 def test_dry_run_refuses_what_the_run_refuses(tmp_path, capsys):
     folder = make_folder(tmp_path / "images")
     shapes, pictures = "--data shapes --device cpu", f"--data folder --data-dir {folder} --device cpu"
@@ -263,6 +276,32 @@ def test_a_folder_that_cannot_be_written_stops_before_training(tmp_path, capsys,
     (tmp_path / "file").write_text("")
     assert script("--out", tmp_path / "file") == 2  # (a read-only folder does not stop root)
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_paths_that_cannot_be_are_one_line(tmp_path, capsys):
+    record = tmp_path / "shapes" / "wrn10-1_zeroinit_bs32_lr2^-3_ep2_trainsize96_s00.json"
+    record.mkdir(parents=True)
+    for out, problem in (
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path, f"{record}: Is a directory"),
+    ):
+        assert script("--out", out) == 2
+        error = capsys.readouterr().err
+        assert problem in error and error.count("\n") == 1
+
+
+def test_a_net_that_no_memory_holds_is_one_line(tmp_path, capsys):
+    assert script("--width", 100_000, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "error: one run does not fit into the device's memory: try --micro\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_the_terminal_cannot_show_are_printed_all_the_same(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, "ascii"))
+    assert script("--data-name", "Größe 名", "--out", tmp_path) == 0
+    assert b"gr\\xf6\\xdfe-\\u540d" in buffer.getvalue()
+    assert len(list(tmp_path.glob("größe-名/*.json"))) == 1
 
 
 def test_data_sets_have_their_own_folder(tmp_path):
@@ -434,11 +473,22 @@ def test_status_reads_command_lines(tmp_path, capsys, monkeypatch):
     assert script("--lr", "2^-3", "--out", tmp_path) == 0
     line = f"python wrn_cifar.py {QUICK} --lr 2^-3 --out {tmp_path}"
     capsys.readouterr()
-    monkeypatch.setattr(sys, "stdin", [f"{line} # table1\n", "\n", f"{line} --wd 0 --seeds 2 # table1\n"])
+    lines = f"{line} # table1\n\n{line} --wd 0 --seeds 2 # table1\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert script("--status", flags="") == 0
     header, counts = capsys.readouterr().out.splitlines()
     assert header == "target     points  failed  runs done  diverged  running  at most"
     assert counts.split() == ["table1", "1/2", "0", "1", "0", "0", "3"]
+
+
+def test_status_names_lines_that_are_none(capsys, monkeypatch):
+    lines = 'python wrn_cifar.py --data "shapes # a\nls -l # b\npython wrn_cifar.py --depth 17 # c\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert script("--status", flags="") == 2
+    _, a, b, c = capsys.readouterr().out.splitlines()
+    assert a.startswith("a ") and "No closing quotation" in a and '--data "shapes' in a
+    assert b.split()[0] == "b" and b.endswith("no command line of this project: ls -l")
+    assert c.split()[0] == "c" and "argument --depth: should be 6n+4" in c
 
 
 @pytest.mark.parametrize("together", [1, 2])
