@@ -109,7 +109,8 @@ class Claim:
     reach: int = 1  # and one this large; of batch sizes a quarter, where the budget is not the paper's
     start: float = math.inf  # and one this small
     runs: int = 1  # so many runs of each point are needed
-    rates: bool = False  # about optimal rates
+    rates: bool = False  # about optimal rates, which are told in place of what they reach
+    both: bool = False  # both are told
     worst: bool = False  # a point that diverged at every rate is the worst; in other claims it drops out
     paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
     leads: bool = False  # the smallest lead is told in place of all numbers
@@ -307,8 +308,8 @@ def larger_rates(section, *lines):
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
 
 
-@claim("Fig. 2a", "bn", "none", high=32)
-@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32)
+@claim("Fig. 2a", "bn", "none", high=32, both=True)
+@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32, both=True)
 def rate_is_not_the_reason(section, *lines):
     """Larger rates are not why normalization is better at small B (B ≤ 32: it is, at rates within a factor
     4)."""
@@ -414,27 +415,33 @@ def number(grid, metric, mean, std=None):
     return " ± ".join(f"{scale * value:.{digits}f}" for value in (mean, std) if value is not None)
 
 
-def tell(point, rates=False):
+def tell(point, rates=False, both=False):
     """What is said of a point: its number, or its optimal rate."""
     if not point.best:
         return "diverged"
-    text = number(point.grid, point.metric, point.best.mean, point.best.std)
-    return (power(point.best.rate) if rates else text) + (" (*edge*)" if point.open else "")
+    text, rate = number(point.grid, point.metric, point.best.mean, point.best.std), power(point.best.rate)
+    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if point.open else "")
+
+
+def places(claim, points):
+    """Where points are: B 16, 64 or 16, 100 layers."""
+    xs = ", ".join(str(point.x) for point in points)
+    return f"{xs} layers" if TARGETS[claim.target].deep else f"B {xs}"
 
 
 def numbers(claim, lines):
     """The numbers behind a verdict: those of each line, or of the smallest lead."""
-    axis, table = "depth" if TARGETS[claim.target].deep else "B", rows(*lines.values())
+    table = rows(*lines.values())
     if claim.leads and table:
         one, two = min(table, key=lambda row: row[0].score - row[1].score if row[0].best else -math.inf)
         among = f" (the smallest lead of {len(table)})" if len(table) > 1 else ""
-        return f"{tell(one)} against {tell(two)} at {axis} {one.x}{among}"
+        return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
     for method, line in lines.items():
         few = sorted({line[0], best_of(line), line[-1]}, key=lambda point: point.x)
         chosen = few if len(line) > 4 and not claim.rates else line
-        told = [f"{tell(point, claim.rates)} ({axis} {point.x})" for point in chosen]
-        texts.append(f"{name_of(method)} {', '.join(told)}")
+        told = ", ".join(tell(point, claim.rates, claim.both) for point in chosen)
+        texts.append(f"{name_of(method)} {told} ({places(claim, chosen)})")
     return "; ".join(texts)
 
 
@@ -482,25 +489,26 @@ def judge(section, claim):
         return None
     if claim.metric not in section.setup.metrics or section.config.get("version") != target.version:
         return None
-    found, lines, lost = section.lines(target, claim.metric), {}, []
+    found, lines, lost = section.lines(target, claim.metric) if section.shown(target) else {}, {}, []
     for method in claim.methods:
         inside = [point for point in found.get(method, ()) if claim.low <= point.x <= claim.high]
         lines[method] = [point for point in inside if point.best or claim.worst]
-        dropped = [str(point.x) for point in inside if point not in lines[method]]
-        lost += [f"{name_of(method)} diverged at every rate at {', '.join(dropped)}"] if dropped else []
+        dropped = [point for point in inside if point not in lines[method]]
+        lost += [f"{name_of(method)} diverged at every rate at {places(claim, dropped)}"] if dropped else []
     points = [point for line in lines.values() for point in line]
     runs = sorted({(point.best.runs, len(point.best.kept)) for point in points if point.best})
-    seeds = " to ".join(dict.fromkeys(f"{best}/{n}" for n, best in runs[:1] + runs[-1:]))
+    seeds = " to ".join(dict.fromkeys(f"{best} of {n}" for n, best in runs[:1] + runs[-1:]))
     ours = [numbers(claim, lines)] if all(lines.values()) else []
     answer = Answer(claim, UNDECIDED, section, "; ".join(ours + lost), seeds)
     if reason := lacking(section, claim, lines):
-        xs = {point.x for line in found.values() for point in line} if "run" in reason else ()
+        xs = {point.x for line in found.values() for point in line if claim.low <= point.x <= claim.high}
+        xs = xs if "run" in reason else ()  # else other batch sizes or depths are needed
         return replace(answer, reason=reason, command=command(section, claim.target, xs))
     verdict = claim.test(section, *lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
     edges = [point for point in points if point.open or point.untried]
-    words = [f"{name_of(point.grid.method)} at {point.x}" for point in edges]
+    words = [f"{name_of(point.grid.method)} at {places(claim, [point])}" for point in edges]
     reason = f"an optimum is on the edge: {', '.join(words)}" if edges else "the range is too small"
     return replace(
         answer, reason=reason, command=command(section, claim.target, {point.x for point in edges})

@@ -89,7 +89,8 @@ class Target:
     deep: bool = False  # compares depths in place of batch sizes
     version: str | None = None  # of ResNet-50
     least: int = 2  # so many batch sizes or depths make it worth showing, and another method part of it
-    barred: tuple = ()  # methods that another table shows
+    more: bool = True  # whether other methods are shown
+    barred: tuple = ()  # those that are not, because another table has them
 
 
 METHODS = {n: tuple(method for table, method in CELLS if table == n) for n in PLACES}
@@ -104,7 +105,7 @@ TARGETS = {
     "table1": Target("Table 1", "The components of ZeroInit", METHODS[1], table=1, least=1),
     "table2": Target("Table 2", "The effect of depth", METHODS[2], table=2, barred=METHODS[3], **DEEP),
     "table3": Target(
-        "Table 3", "ZeroInit without L2; its scalar alone", METHODS[3], table=3, barred=(), **DEEP
+        "Table 3", "ZeroInit without L2; its scalar alone", METHODS[3], table=3, more=False, **DEEP
     ),
     "table4": Target("Table 4", "ResNet-50-V2", METHODS[4], None, table=4, version="v2", least=1),
     "table5": Target("Table 5", "ResNet-50-V1", METHODS[5], None, table=5, version="v1", least=1),
@@ -245,7 +246,7 @@ class Section:
     def shown(self, target, metric=ACCURACY):
         """The lines of a figure or table that are shown, the paper's methods first; empty if not run."""
         lines, barred = self.lines(target, metric), target.methods + target.barred
-        others = [m for m in lines if m not in barred and len(lines[m]) >= target.least]
+        others = [m for m in lines if m not in barred and len(lines[m]) >= target.least and target.more]
         chosen = {m: lines[m] for m in (*target.methods, *others) if m in lines}
         xs = {point.x for line in chosen.values() for point in line}
         return chosen if len(xs) >= target.least or (self.beside(target) and target.table) else {}
@@ -259,7 +260,8 @@ def title_of(config):
     extra = [key for key in sorted(config.keys() - told) if config[key] != setup.protocol.get(key)]
     options = [f"{key.replace('_', ' ')} {config[key]}" for key in extra]
     options += [precision] if precision != "float32" else []
-    return ", ".join([config["data"], network, f"{config['epochs']} epochs", *options])
+    epochs = f"{config['epochs']} epoch{'s' if config['epochs'] > 1 else ''}"
+    return ", ".join([config["data"], network, epochs, *options])
 
 
 def make_sections(records):
