@@ -104,7 +104,7 @@ def find_speed(records: list[dict], config: dict, flags, bs: float):
     command = "python speed.py" + (" --model resnet50-v2" if config["model"] == "resnet50" else "")
     command += f" --amp {config['precision']}" if config["precision"] != "float32" else ""
     command += " --compile" if flags.compile else ""
-    what = f"{config['model']} in {config['precision']} on {device}"
+    what = f"{config['init']} of {config['model']} in {config['precision']} on {device}"
     raise UserError(f"no record tells the speed of {what}{other}: `{command}` measures it")
 
 
@@ -151,12 +151,12 @@ def cost(folder: Path):
 
 def print_costs(targets: dict):
     """Print {target: {point: (runs of --search best, of --search all, hours of a run)}}."""
-    print("               --search best         --search all         at most; hours of one device")
-    print("target points     runs     hours      runs     hours")
+    print("at most         --search best:          --search all:             (hours of one device)")
+    print("target  points      runs        hours       runs        hours")
     for target, its in targets.items():
-        text = f"{target:7}{len(its):6}"
+        text = f"{target:8}{len(its):6}"
         for i in (0, 1):
             runs = sum(counts[i] for counts in its.values())
             hours = sum(counts[i] * counts[2] for counts in its.values())
-            text += f"{runs:9,}" + ("         ?" if math.isnan(hours) else f"{hours:10,.1f}")
+            text += f"{runs:10,}" + (f"{'?':>13}" if math.isnan(hours) else f"{hours:13,.1f}")
         print(text)

@@ -1,959 +1,659 @@
-"""The paper's figures, tables and claims, from the records of runs and beside the paper's own numbers.
+"""The paper's figures, tables and claims from the records of runs, beside the paper's own numbers.
 
-    python plot.py results            # writes results/report/REPORT.md with every figure, table and claim
-    python plot.py results --edges    # prints the learning rates to try next where an optimum lies on an edge
+    python plot.py results                   # writes results/report/REPORT.md and its pictures
+    python plot.py results --table table1    # prints one figure or table as text
+    python plot.py results --csv runs.csv    # writes every epoch of every run as a row
 
-Statistics (section 3 of the paper): of the n runs at one learning rate the best ceil(0.8 n) are kept, 12 of 15, for the
-test accuracy and for the training loss independently; each has its own optimal learning rate, the one of the best mean.
-A diverged run is the worst of all: where one is among the kept, its learning rate has no mean and is never the optimum.
+Which runs belong to a figure or table is in paper.py, the statements and their verdicts in claims.py.
 """
 
 import argparse
-import contextlib
-import functools
-import json
+import csv
+import io
 import math
-import os
 import re
 import sys
-from collections import Counter, defaultdict, namedtuple
-from itertools import pairwise
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 
-METHODS = {  # name, colour, marker and line: the legend of Figures 1 to 4 first, then the other rows of the tables
-    "bn": ("Batch Normalization", "#1b4f9c", "o", "-"),
-    "none": ("No Normalization", "#d1495b", "s", "--"),
-    "zeroinit": ("ZeroInit", "#e39b0b", "^", "-."),
-    "bn (whole batch)": ("Batch Normalization over the whole batch", "#76a5dc", "h", "-"),
-    "biases": ("+ biases", "#7a5195", "v", ":"),
-    "dropout": ("+ dropout", "#4f9d69", "D", ":"),
-    "scalar": ("+ scalar multiplier", "#111111", "P", (0, (5, 1))),
-    "biases+dropout": ("+ biases & dropout", "#999999", "X", (0, (1, 1))),
-    "zeroinit without L2": ("ZeroInit without L2", "#b07aa1", "<", (0, (3, 1, 1, 1))),
-    "zeroinit-nodropout": ("ZeroInit without Dropout", "#2a9d8f", ">", (0, (3, 1, 1, 1))),
-    "zeroinit+bias": ("ZeroInit + Scalar Bias", "#8c564b", "d", (0, (5, 1))),
-    "fixup": ("Fixup", "#59a14f", "p", (0, (5, 5))),
+import numpy as np
+
+from claims import FAILS, HOLDS, TIED, UNDECIDED, judge_all, judge_speed, number
+from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, make_sections, name_of
+from records import ACCURACY, LOSS, atomic_write, power, read_all, statistic
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a method is drawn."""
+
+    color: str
+    marker: str
+    line: object = "-"  # a line style of matplotlib
+
+
+LOOKS = {
+    "bn": Look("#1b4f9c", "o"),
+    WHOLE: Look("#6ea0d8", "h"),
+    "none": Look("#d1495b", "s", "--"),
+    "zeroinit": Look("#e39b0b", "^", "-."),
+    "biases": Look("#7a5195", "v", ":"),
+    "dropout": Look("#4f9d69", "D", ":"),
+    "scalar": Look("#222222", "P", (0, (5, 1))),
+    "biases+dropout": Look("#999999", "X", (0, (1, 1))),
+    NO_L2: Look("#b07aa1", "<", (0, (3, 1, 1, 1))),
+    "zeroinit-nodropout": Look("#2a9d8f", ">", (0, (3, 1, 1, 1))),
+    "zeroinit+bias": Look("#8c564b", "d", (0, (5, 1))),
+    "fixup": Look("#7fa93c", "p", (0, (5, 5))),
 }
-NAME = {method: look[0] for method, look in METHODS.items()}
-TWO, THREE = (
-    ("bn", "zeroinit"),
-    ("bn", "none", "zeroinit"),
-)  # the methods of most claims, and of Figures 1 and 2
-WHOLE = ("bn (whole batch)", "none", "zeroinit")  # and of Figures 3 and 4
-
-FIGURES = {
-    1: "Optimal test accuracy (a) and optimal training loss (b) at a range of batch sizes.",
-    2: "The learning rates that maximize the test accuracy (a) and minimize the training loss (b).",
-    3: "Optimal test accuracy (a) and training loss (b) with batch statistics over the whole batch.",
-    4: "Optimal learning rates, as in Figure 2, with batch statistics over the whole batch.",
-}
-TABLES = {  # by depth at batch size 64: test accuracy (%), optimal learning rate, training loss
-    (1, "none"): {16: "92.3 ± 0.3|–|0.212 ± 0.004"},
-    (1, "biases"): {16: "91.9 ± 0.2|–|0.205 ± 0.003"},
-    (1, "dropout"): {16: "93.2 ± 0.1|–|0.226 ± 0.001"},
-    (1, "scalar"): {16: "94.0 ± 0.1|–|0.181 ± 0.001"},
-    (1, "biases+dropout"): {16: "93.6 ± 0.1|–|0.212 ± 0.001"},
-    (1, "zeroinit"): {16: "94.4 ± 0.1|–|0.189 ± 0.001"},
-    (2, "bn"): {
-        16: "93.5 ± 0.1|2^-1",
-        100: "94.7 ± 0.1|2^-1 (2^-2 – 2^0)",
-        1000: "94.6 ± 0.1|2^-2 (2^-3 – 2^0)",
-    },
-    (2, "zeroinit"): {16: "93.3 ± 0.1|2^-2", 100: "94.2 ± 0.1|2^-2", 1000: "94.3 ± 0.2|2^-2 (2^-3 – 2^-1)"},
-    (3, "zeroinit without L2"): {16: "91.0|2^-3", 100: "92.2 ± 0.1|2^-3", 1000: "92.5 ± 0.2|2^-3"},
-    (3, "scalar"): {
-        16: "93.1 ± 0.1|2^-2 (2^-3 – 2^-2)",
-        100: "94.1 ± 0.1|2^-2 (2^-3 – 2^-2)",
-        1000: "94.2 ± 0.1|2^-1 (2^-2 – 2^-1)",
-    },
-    # by batch size: top-1 / top-5 validation accuracy (%) on ImageNet
-    (4, "bn"): {256: "74.97 / 92.20", 1024: "74.93 / 92.13", 4096: "74.88 / 91.93"},
-    (4, "fixup"): {256: "74.81 / 91.84", 1024: "74.60 / 91.69", 4096: "73.02 / 90.59"},
-    (4, "zeroinit-nodropout"): {256: "74.93 / 91.89", 1024: "74.61 / 91.81", 4096: "70.76 / 89.15"},
-    (4, "zeroinit"): {256: "75.56 / 92.35", 1024: "75.46 / 92.53", 4096: "72.65 / 90.70"},
-    (5, "bn"): {256: "75.57 / 92.48", 1024: "75.32 / 92.37", 4096: "75.37 / 92.38"},
-    (5, "fixup"): {256: "74.41 / 91.65", 1024: "74.43 / 91.74", 4096: "72.37 / 90.28"},
-    (5, "zeroinit"): {256: "70.05 / 89.16", 1024: "68.40 / 87.82", 4096: "68.19 / 87.92"},
-    (5, "zeroinit+bias"): {256: "75.23 / 92.37", 1024: "74.94 / 91.99", 4096: "70.82 / 89.60"},
-}
-NETWORK = {
-    1: {"bs": 64, "width": 4, "depth": 16},
-    2: {"bs": 64, "width": 2},
-    3: {"bs": 64, "width": 2},
-}  # by table
-ALSO = {1: ("bn",), 2: ("none", "scalar")}  # rows beside the paper's, where they were run
-TOLD = {
-    "model",
-    "version",
-    "data",
-    "width",
-    "epochs",
-    "fingerprint",
-    "init",
-    "depth",
-    "bs",
-    "ghost",
-    "dropout",
-    "wd",
-}
-SATURATION = {"bn": 2**4, "none": 2**-3, "zeroinit": 2**1}  # the largest optimal learning rates of Figure 2a
-ENGINES = {
-    "plain": ("o", ":"),
-    "eager": ("s", "--"),
-    "ours": ("^", "-"),
-    "concurrent": ("D", "-."),
-}  # marker and line
-NOTE = """Each number is the mean of the best ceil(0.8 n) of n runs ± one standard deviation, at the learning rate with
-the best mean (on ImageNet, of top-1); rates in brackets are tied with it, within one standard deviation; *edge*: it is
-the lowest or highest. Kept: how many of all runs at that rate; diverged: of the runs at all rates. In the figures bars
-are standard deviations or brackets, a hollow marker is an edge, and a crossed out one at the bottom diverged. The
-paper's numbers are those of the paper's protocol."""
-
-Metric = namedtuple("Metric", "key name unit scale digits sign")  # the sign says whether more is better
-ACCURACY = Metric("test_accuracy", "test accuracy", " (%)", 100, 1, +1)
-TOP1 = Metric("test_accuracy", "top-1 accuracy", " (%)", 100, 2, +1)
-LOSS = Metric(
-    "train_objective", "training loss", "", 1, 3, -1
-)  # with the L2 part: the paper's 0.18 cannot be without
-
-Setup = namedtuple(
-    "Setup", "network metrics tables seeds ghost dropout l2 protocol"
-)  # how the paper trains a network
-OPTIONS = {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "pad_mode": "zeros", "train_size": None}
-CIFAR10 = {"data": "CIFAR-10", "epochs": 200} | OPTIONS
-IMAGENET = {"data": "ImageNet", "epochs": 90, "image_size": 224} | OPTIONS
-SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
-    None: Setup("Wide-ResNet", (ACCURACY, LOSS), (1, 2, 3), 15, 64, 0.6, 5e-4, CIFAR10),
-    "v1": Setup("ResNet-50-V1", (TOP1,), (5,), 1, 256, 0.2, 1e-4, IMAGENET | {"stride_on": "1x1"}),
-    "v2": Setup("ResNet-50-V2", (TOP1,), (4,), 1, 256, 0.2, 1e-4, IMAGENET | {"stride_on": "3x3"}),
-}
-
-# ------------------------------------------------------------------------------------------------------------- records
+SPARE_COLORS = ("#c2185b", "#00838f", "#6d4c41", "#3949ab", "#9e9d24", "#ef6c00", "#546e7a")
+SPARE_MARKERS = ("*", "8", "H", "d", "X")
 
 
-def power(rate):
-    """A learning rate as the paper writes it, 2^-2."""
-    return f"2^{math.log2(rate):.0f}" if math.log2(rate).is_integer() else f"{rate:g}"
+def looks_of(sections):
+    """A look for every method; those that LOOKS does not name get one in the order of their names."""
+    unknown = sorted({grid.method for section in sections for grid in section.grids} - LOOKS.keys())
+    spare = [
+        Look(SPARE_COLORS[n % 7], SPARE_MARKERS[n % 5], (0, (2 + n % 3, 1))) for n in range(len(unknown))
+    ]
+    return LOOKS | dict(zip(unknown, spare, strict=True))
 
 
-def curve(record, metric):
-    """The (epoch, number) of a run where the metric was measured; the training loss with its L2 part, as in `final`."""
+@dataclass(frozen=True)
+class Mark:
+    """A point of a line."""
+
+    x: float
+    y: float | None = None  # None: it diverged
+    down: float = 0.0  # the lengths of its bar
+    up: float = 0.0
+    edge: bool = False  # hollow: the optimum is on the edge of its grid
+    best: bool = False  # with a ring: the optimum
+
+
+@dataclass(frozen=True)
+class Line:
+    """The marks of one method."""
+
+    method: str
+    marks: list
+    paper: bool = False  # the paper's numbers: light, and not connected
+    thin: bool = False  # one of many runs
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes; those with the same label have the same range."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: list
+    metric: object = None  # on the y axis; None for learning rates
+
+
+def label_of(section, metric):
+    return metric.name if metric is LOSS else f"{section.setup.accuracy} (%)"
+
+
+def value_mark(x, metric, stat, **more):
+    """A mark at a mean with its deviation, or of divergence where there is none."""
+    if stat is None or stat.mean is None:
+        return Mark(x)
+    scale = 1 if metric is LOSS else 100
+    return Mark(x, scale * stat.mean, *[scale * (stat.std or 0.0)] * 2, **more)
+
+
+def point_mark(point, rates):
+    """A mark at what a point reaches, or at its optimal rate with the bracket of the rates tied with it."""
+    best = point.best
+    if best and rates:
+        return Mark(point.x, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, point.open)
+    return value_mark(point.x, point.metric, best, edge=point.open)
+
+
+def paper_lines(section, target, metric, rates, methods):
+    """What the paper's tables and text say of the methods of a figure, or of the picture of depth."""
+    light = {method: [] for method in methods}
+    for (_, method, depth, bs), cell in PAPER.items() if section.beside(target) else ():
+        here = bs == section.bs if target.deep else depth == section.depth
+        value = cell.accuracy if metric is ACCURACY else cell.loss
+        value = 2.0 ** cell.rates[0] if rates and cell.rates else None if rates else value
+        if method in light and here and target.deep == bool(cell.rates) and value is not None:
+            light[method].append(Mark(depth if target.deep else bs, value))
+    if target is TARGETS["fig2"] and metric is ACCURACY and section.beside(target):
+        last = max(point.x for line in section.shown(target).values() for point in line)
+        light |= {method: [Mark(last, 2.0 ** SATURATION[method])] for method in SATURATION if method in light}
+    return [Line(method, marks, paper=True) for method, marks in light.items() if marks]
+
+
+def figure_panel(section, target, metric, rates, title=""):
+    """What the methods reach, or their optimal rates, against batch size or depth."""
+    shown = section.shown(target, metric)
+    lines = [Line(method, [point_mark(point, rates) for point in line]) for method, line in shown.items()]
+    lines += paper_lines(section, target, metric, rates, shown)
+    axis, label = "layers" if target.deep else "batch size", "optimal learning rate"
+    return Panel(title, axis, label if rates else label_of(section, metric), lines, None if rates else metric)
+
+
+def rates_panel(section, depth, bs, metric, title):
+    """A metric against the learning rate, a line for each method, at one depth and batch size."""
+    lines = []
+    for grid in (grid for grid in section.grids if (grid.depth, grid.bs) == (depth, bs)):
+        best, marks = grid.best(metric), []
+        for rate, runs in sorted(grid.runs.items()):
+            stat = statistic([run["final"] for run in runs], metric)
+            marks.append(value_mark(rate, metric, stat, best=bool(best) and best.rate == rate))
+        lines.append(Line(grid.method, marks))
+        for name, target in TARGETS.items() if metric is ACCURACY and grid.setup.metrics[-1] is LOSS else ():
+            cell = PAPER.get((target.table, grid.method, depth, bs)) if section.beside(target) else None
+            if cell and cell.rates and name.startswith("table"):
+                lines.append(Line(grid.method, [Mark(2.0 ** cell.rates[0], cell.accuracy)], paper=True))
+    return Panel(title, "learning rate", label_of(section, metric), lines, metric)
+
+
+def depth_panels(section):
+    """Accuracy and optimal rate against depth; below, accuracy against the learning rate at each depth."""
+    target = replace(TARGETS["table2"], methods=tuple(NAMES), barred=())
+    top = [figure_panel(section, target, ACCURACY, rates) for rates in (False, True)]
+    top = [replace(p, lines=[it for it in p.lines if it.paper or len(it.marks) > 1]) for p in top]
+    depths = sorted({grid.depth for grid in section.grids if grid.bs == section.bs})
+    return [top, [rates_panel(section, depth, section.bs, ACCURACY, f"{depth} layers") for depth in depths]]
+
+
+def curve(run, metric):
+    """The marks of a run at the epochs where the metric was measured; the last one says if it diverged."""
+    history = run["history"]
+    lost = [Mark(len(history) + 1)] if run["status"] == "diverged" else []
     if metric is LOSS:
-        return [(entry["epoch"], entry["train_loss"] + entry["l2"]) for entry in record["history"]]
-    return [
-        (entry["epoch"], metric.scale * entry[metric.key])
-        for entry in record["history"]
-        if metric.key in entry
-    ]
+        return [Mark(entry["epoch"], entry["train_loss"] + entry["l2"]) for entry in history] + lost
+    return [Mark(entry["epoch"], 100 * entry[metric.key]) for entry in history if metric.key in entry] + lost
 
 
-def check(**right):
-    if wrong := [key for key in right if not right[key]]:
-        raise ValueError(f"bad {', '.join(wrong)}")
+def curves_panel(section, depth, bs, metric, title):
+    """A metric against the epoch, for every run at the optimal rate and every run that diverged."""
+    lines = []
+    for grid in (grid for grid in section.grids if (grid.depth, grid.bs) == (depth, bs)):
+        best = grid.best(metric)
+        for rate, runs in grid.runs.items():
+            shown = [run for run in runs if run["status"] == "diverged" or (best and rate == best.rate)]
+            lines += [Line(grid.method, curve(run, metric), thin=True) for run in shown]
+    return Panel(title, "epoch", label_of(section, metric), lines, metric)
 
 
-def read_run(path, record):
-    """The record of a run with the name of its grid; raises an exception for anything else."""
-    config, final, done = record["config"], record["final"], record["status"] == "done"
-    version, rate, seed = config.get("version"), f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}"
-    sizes = [config[key] for key in ("bs", "epochs", *(() if version else ("depth", "width")))]
-    metrics = SETUPS[version].metrics
-    check(
-        model=config["model"] == ("resnet50" if version else "wrn"),
-        text=all(
-            isinstance(text, str) for text in (config["data"], config["init"], record["data"]["fingerprint"])
-        ),
-        size=all(isinstance(size, int) and size > 0 for size in sizes),
-        name=rate in path.stem and path.stem.endswith(seed),
-        status=record["status"] in ("done", "diverged"),
-        final=not done
-        or (0 <= final["test_accuracy"] <= 1 and all(math.isfinite(final[m.key]) for m in metrics)),
-        top5=not done or 0 <= final.get("test_top5", 0) <= 1,
-        history=all(math.isfinite(sum(point)) for metric in metrics for point in curve(record, metric)),
-        environment=isinstance(record["environment"], dict),
-    )
-    grid = f"{path.parent.name}/{path.stem.removesuffix(seed).replace(rate, '_', 1)}"
-    return record | {
-        "grid": grid,
-        "config": OPTIONS | config | {"fingerprint": record["data"]["fingerprint"]},
-    }
+# ------------------------------------------------------------------------------------------------------ axes
+
+LANE = 0.055  # the part of the height that the crosses of one method take
 
 
-def read_speed(path, record):
-    """A record of speed.py with {(batch size, method, engine): fastest row}; raises an exception for anything else."""
-    rows = sorted(record["rows"], key=lambda row: row["images_per_second"])
-    check(
-        kind=record["kind"] == "speed",
-        rows=rows
-        and all(
-            min(row["bs"], row["runs"]) > 0 and row["method"] in METHODS and row["engine"] in ENGINES
-            for row in rows
-        ),
-        speed=all(0 < row["low"] <= row["images_per_second"] <= row["high"] < math.inf for row in rows),
-        cost=all({"target", "runs", "hours"} <= line.keys() for line in record["cost"]),
-        checks=all({"what", "value", "target", "met"} <= line.keys() for line in record["checks"]),
-    )
-    precision = {"off": "float32"}
-    fastest = {
-        (
-            row["bs"],
-            row["method"],
-            f"{row['engine']}, {precision.get(row['precision'], row['precision'])}",
-        ): row
-        for row in rows
-    }
-    return record | {
-        "fastest": dict(sorted(fastest.items())),
-        "title": f"Images per second: {record['model']} on {record['data']}, {record['device']} (speed/{path.name})",
-        "about": f"- threads {record['threads']}, torch {record['torch']}; commit {record['commit']}",
-        "folder": f"speed-{path.stem}",
-    }
+class Scale:
+    """A y axis that is linear on either side of a knee.
 
-
-def read_records(folder):
-    """The records of runs and those of speed.py in a results folder, and {file: what is wrong} for other JSON files."""
-    runs, speeds, problems = {}, [], {}
-    for path in sorted(
-        path for path in folder.glob("*/*.json") if path.parent.name not in ("report", "logs")
-    ):
-        name = f"{path.parent.name}/{path.name}"
-        try:
-            record = json.loads(
-                path.read_text(encoding="utf-8"), parse_constant=lambda word: check(**{word: False})
-            )
-            if path.parent.name == "speed":
-                speeds.append(read_speed(path, record))
-                continue
-            run = read_run(path, record) | {"file": name}
-            if (first := runs.setdefault(frozenset(run["config"].items()), run)) is not run:
-                raise ValueError(f"the same run as {first['file']}")
-        except json.JSONDecodeError as error:
-            problems[name] = f"empty, truncated or no JSON ({error})"
-        except Exception as error:  # a foreign file can be wrong in any way
-            problems[name] = f"no record ({type(error).__name__}: {error})"
-    return list(runs.values()), speeds, problems
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics
-
-
-class Grid:
-    """The runs of one configuration: a list of records for each learning rate.
-
-    `key` is (method, depth, batch size); the method is None where ghost batches, dropout or L2 are not the paper's.
+    The better values are stretched if a method that collapses would flatten them: 94.4 and 94.5 stay apart.
     """
 
-    def __init__(self, name, config):
-        self.name, self.config, self.runs = name, config, defaultdict(list)
-        self.setup = setup = SETUPS[config.get("version")]
-        method, bs, ghost, l2 = (config.get(key) for key in ("init", "bs", "ghost", "wd"))
-        drops = method in ("dropout", "biases+dropout", "zeroinit", "zeroinit+bias")
-        usual = [min(bs, setup.ghost) if method == "bn" else None, setup.dropout * drops, setup.l2]
-        if method == "bn" and ghost == bs > setup.ghost:
-            method, usual[0] = "bn (whole batch)", bs
-        if method == "zeroinit" and l2 == 0:
-            method, usual[2] = "zeroinit without L2", 0
-        known = method in METHODS and usual == [ghost, config.get("dropout"), l2]
-        self.key = method if known else None, config.get("depth", 50), bs
-
-
-# A metric at its optimal learning rate: the number of runs there, the rates tied with it, which end of the grid it is
-# if any, and as in the paper's tables the number, 94.4 ± 0.1, and the rate with its bracket, 2^-2 (2^-3 – 2^-1).
-Optimum = namedtuple("Optimum", "method metric bs rate mean std runs tied edge value bracketed")
-
-
-Kept = namedtuple(
-    "Kept", "metric runs mean std"
-)  # the best of the runs at a learning rate; no mean where one diverged
-
-
-def how_many(n):
-    """So many of n runs are kept: 12 of 15."""
-    return -(-4 * n // 5)
-
-
-def best_runs(runs, metric):
-    """The runs that are kept, of which diverged ones are the worst."""
-    done = [run for run in runs if run["status"] == "done"]
-    kept = sorted(done, key=lambda run: -metric.sign * run["final"][metric.key])[: how_many(len(runs))]
-    if len(kept) < how_many(len(runs)):
-        return Kept(metric, kept, None, None)
-    scores = [run["final"][metric.key] for run in kept]
-    return Kept(metric, kept, fmean(scores), stdev(scores) if len(scores) > 1 else None)
-
-
-@functools.cache
-def optimum(grid, metric):
-    """The optimal learning rate and what it reaches, None where all diverged; of equally good rates the lowest."""
-    rates = sorted(grid.runs)
-    points = {rate: best_runs(grid.runs[rate], metric) for rate in rates}
-    trained = [rate for rate in rates if points[rate].mean is not None]
-    if not trained:
-        return None
-    best = max(trained, key=lambda rate: metric.sign * points[rate].mean)
-    _, kept, mean, std = points[best]
-    tied = [rate for rate in trained if std is not None and abs(points[rate].mean - mean) <= std] or [best]
-    edge = " and ".join(word for word, end in (("lowest", rates[0]), ("highest", rates[-1])) if end == best)
-    value = " ± ".join(f"{metric.scale * x:.{metric.digits}f}" for x in (mean, std) if x is not None)
-    if metric is TOP1 and all("test_top5" in run["final"] for run in kept):
-        value += f" / {100 * fmean(run['final']['test_top5'] for run in kept):.2f}"
-    bracketed = power(best) + f" ({power(tied[0])} – {power(tied[-1])})" * (len(tied) > 1)
-    (method, _, bs), runs = grid.key, len(grid.runs[best])
-    return Optimum(method, metric, bs, best, mean, std, runs, tied, edge, value, bracketed)
-
-
-def next_rates(grid):
-    """The learning rates to try next: beyond each edge that is an optimum, or a lower one where every rate diverged."""
-    best = [found.rate for metric in grid.setup.metrics if (found := optimum(grid, metric))]
-    lowest, highest = min(grid.runs), max(grid.runs)
-    return [lowest / 2] * (lowest in best or not best) + [highest * 2] * (highest in best)
-
-
-# ------------------------------------------------------------------------------------------------------------ sections
-
-
-class Section:
-    """One protocol: grids that differ in nothing but method, depth and batch size.
-
-    `at` holds those of the paper's methods by (method, depth, batch size). `depth` is the one of the figures, that with
-    the most batch sizes; `bs` is that of Tables 1 to 3, the paper's 64 or else the one at which most was run.
-    """
-
-    def __init__(self, title, grids):
-        self.title, self.grids, self.setup = title, grids, grids[0].setup
-        self.counts = [len(runs) for grid in grids for runs in grid.runs.values()]
-        self.caption = f"{title}, {seeds(self.counts)}"
-        order = sorted(grids, key=lambda grid: (*grid.key[1:], [*METHODS, None].index(grid.key[0])))
-        self.at = {grid.key: grid for grid in order if grid.key[0]}
-        depths = Counter(depth for depth, _ in {key[1:] for key in self.at})
-        sizes = Counter(bs for _, _, bs in self.at)
-        self.depth = max(depths, key=lambda depth: (depths[depth], depth == 16), default=16)
-        self.bs = max(sizes, key=lambda bs: (bs == 64, sizes[bs]), default=64)
-
-    def lines(self, place, metric, methods=None):
-        """{method: {batch size, or depth: optimum}} at a place of the paper; empty where something else was run.
-
-        A figure needs two batch sizes, and Figures 3 and 4 one that 1 and 2 do not show. One ghost batch or less is a
-        whole batch as well.
-        """
-        kind, number, deep = *place.split(), place in DEEP
-        own = kind != "Fig." or number < "3"
-        sizes = range(1, sys.maxsize) if kind != "Fig." else range(16, sys.maxsize) if own else range(1, 1025)
-        if metric not in self.setup.metrics or (kind == "Table" and int(number) not in self.setup.tables):
-            return {}
-        lines = {method: {} for method in methods or (THREE if number < "3" else WHOLE)}
-        for (name, depth, bs), grid in self.at.items():
-            if bs in sizes and (bs == self.bs if deep else depth == self.depth):
-                own |= name == "bn (whole batch)" or bs < 16
-                for method in (
-                    {name, "bn (whole batch)"} if name == "bn" and bs <= self.setup.ghost else {name}
-                ):
-                    lines.get(method, {})[depth if deep else bs] = optimum(grid, metric)
-        return lines if own and (kind != "Fig." or len(set().union(*lines.values())) > 1) else {}
-
-    def differences(self, **network):
-        """What is not as in the paper."""
-        ours, paper = (
-            self.grids[0].config | {"depth": self.depth, "bs": self.bs},
-            self.setup.protocol | network,
-        )
-        different = [key for key in paper if str(ours.get(key)).lower() != str(paper[key]).lower()]
-        return [f"{key} {ours.get(key)} instead of {paper[key]}" for key in different]
-
-
-def seeds(counts):
-    """In words, from the numbers of runs."""
-    few, many = min(counts), max(counts)
-    return f"{few} to {many} seeds" if few < many else f"{many} seed{'s' * (many > 1)}"
-
-
-def title(config):
-    """What is trained, on which data and for how long, with every option that does not have its default."""
-    setup = SETUPS[config.get("version")]
-    network = f"width {config['width']}" if "width" in config else setup.network
-    usual = setup.protocol | {"base_init": "lecun"}
-    options = [
-        f"{key} {config[key]}" for key in sorted(config.keys() - TOLD) if config[key] != usual.get(key)
-    ]
-    return ", ".join(
-        [config["data"], network, f"{config['epochs']} epoch{'s' * (config['epochs'] > 1)}", *options]
-    )
-
-
-def make_sections(records):
-    """The records in grids, the grids in sections; data sets of one name are told apart by their fingerprints."""
-    grids, sections = {}, defaultdict(list)
-    for record in records:
-        config = {key: value for key, value in record["config"].items() if key not in ("lr", "seed")}
-        grid = grids.setdefault(frozenset(config.items()), Grid(record["grid"], config))
-        grid.runs[record["config"]["lr"]].append(record)
-    for grid in grids.values():
-        sections[-grid.config["epochs"], title(grid.config), grid.config["fingerprint"]].append(grid)
-    same = Counter(name for _, name, _ in sections)
-    return [
-        Section(name + f", images {images[:8]}" * (same[name] > 1), sections[_, name, images])
-        for _, name, images in sorted(sections)
-    ]
-
-
-# -------------------------------------------------------------------------------------------------------------- claims
-
-# `each` is what a test gets: a row, the optima of the methods at one batch size or depth; a line, those of one method;
-# or all rows. It returns None where they do not decide. `shown` is what of an optimum is told. A claim needs `least`
-# rows from `low` to `high`, one at `reach` or more, `kept` runs in each mean, and some the paper's network.
-Claim = namedtuple(
-    "Claim",
-    "place statement methods each test metric low high shown least reach kept network",
-    defaults=(ACCURACY, 1, math.inf, "value", 1, 1, 1, {}),
-)
-
-
-def lead(first, second):
-    return first.metric.sign * (first.mean - second.mean)
-
-
-def ahead(place, first, second, metric=ACCURACY, by=0.0, low=1, high=math.inf):
-    """The claim that one method is ahead of another by more than a difference; if negative, at most so far behind."""
-    beside = f"at most {-by:.1%} worse" if by < 0 else f"over {by:.1%} better" if by else "better"
-    statement = f"{NAME[first]} is {beside} than {NAME[second]} in {metric.name}"
-    statement += f" for B ≤ {high}" * (high < math.inf) + f" for B ≥ {low}" * (low > 1)
-    return Claim(place, statement, (first, second), "row", lambda row: lead(*row) > by, metric, low, high)
-
-
-def spread(optima):
-    return max(best.rate for best in optima) / min(best.rate for best in optima)
-
-
-def flat_then_falls(line):
-    first, second, last, best = line[0], line[1], line[-1], max(line, key=lambda best: best.mean)
-    return (
-        abs(first.mean - second.mean) <= first.std + second.std
-        and best.mean - last.mean > best.std + last.std
-    )
-
-
-def order_of_magnitude(rows):
-    lines = [
-        [best for best in line if best.mean > max(b.mean for b in line) - 0.01]
-        for line in zip(*rows, strict=True)
-    ]
-    bn, zeroinit = (line[-1].bs for line in lines)
-    open_ended = bn == rows[-1][0].bs or zeroinit == rows[0][0].bs
-    return bn >= 8 * zeroinit or (None if open_ended else False)
-
-
-def proportional_then_saturates(line):
-    parts = [[best for best in line if low <= best.bs <= 4 * low] for low in (line[0].bs, line[-1].bs / 4)]
-    if min(map(len, parts)) < 2:
-        return None  # the batch sizes are too far apart
-    first, last = (math.log(part[-1].rate / part[0].rate, part[-1].bs / part[0].bs) for part in parts)
-    return 0.5 <= first <= 1.5 and last < 0.5
-
-
-def plain_fails(rows):
-    *deep, plain = rows[-1]
-    return not plain or all(plain.mean < best.mean / 2 for best in deep)
-
-
-# fmt: off
-CLAIMS = [
-    ahead("Fig. 1a", "bn", "none"),
-    Claim("Fig. 1a", "The test accuracy is independent of the batch size when it is small, and then falls (the bars of "
-          "the two smallest B overlap, those of the best and the largest do not)", THREE, "line", flat_then_falls,
-          least=3, kept=2),
-    Claim("Fig. 1a", "The largest efficient batch size of batch normalization is an order of magnitude above "
-          "ZeroInit's (within 1% of the method's best; 8 times or more)", TWO, "all", order_of_magnitude, least=2),
-    Claim("Fig. 1a", "ZeroInit is at most one standard deviation (the larger) below batch normalization for B ≤ 256",
-          TWO, "row", lambda row: lead(*row) <= max(best.std for best in row), high=256, kept=2),
-    *(ahead("Fig. 1b", "bn", other, LOSS) for other in ("none", "zeroinit")),
-    Claim("Fig. 2a", "The optimal learning rate is proportional to the batch size, then saturates (over the first "
-          "factor of 4 it grows as B^0.5 to B^1.5, over the last slower)", THREE, "line", proportional_then_saturates,
-          shown="rate", least=4, reach=4096),  # from 2^-1 at B 64, batch norm reaches 2^4 at 2048
-    Claim("Fig. 2a", "It saturates at 2^-3 without normalization, 2^1 with ZeroInit and 2^4 with batch normalization "
-          "(within a factor of 2)", THREE, "line",
-          lambda line: 0.5 <= max(best.rate for best in line) / SATURATION[line[0].method] <= 2,
-          shown="rate", reach=4096, network=NETWORK[1]),
-    Claim("Fig. 2a", "The ratio of learning rate to batch size is similar for all three at small B (within a factor of "
-          "4 for B ≤ 16)", THREE, "row", lambda row: spread(row) <= 4, shown="rate", high=16),
-    *(ahead("Table 1", *p) for p in pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases"))),
-    *(ahead("Table 1", *p, LOSS) for p in pairwise(("scalar", "zeroinit", "biases", "none", "dropout"))),
-    ahead("Table 1", "biases+dropout", "dropout", LOSS),
-    *(Claim(place, f"{NAME[method]} trains very deep networks (with 100 layers or more it keeps over half of the "
-            "shallowest network's accuracy)", (method,), "line",
-            lambda line: line[-1].mean > line[0].mean / 2, least=2, reach=100)
-      for place, method in (("Table 2", "bn"), ("Table 2", "zeroinit"), ("Table 3", "zeroinit without L2"),
-                            ("Table 3", "scalar"))),
-    Claim("Section 4", "Very deep networks train with either and not without (at the largest depth, 40 or more, the "
-          "plain network reaches less than half of their accuracy)", (*TWO, "none"), "all", plain_fails, low=40),
-    Claim("Table 2", "Both train 1000 layers to over 94% test accuracy", TWO, "line",
-          lambda line: line[-1].mean > 0.94, reach=1000, network=NETWORK[2]),
-    Claim("Table 2", "The optimal learning rate is only weakly dependent on depth (within a factor of 2)", TWO, "line",
-          lambda line: spread(line) <= 2, shown="rate", least=2, reach=100),
-    ahead("Fig. 3a", "zeroinit", WHOLE[0], high=4),
-    ahead("Fig. 3a", WHOLE[0], "zeroinit", low=256),
-    ahead("Fig. 3b", WHOLE[0], "zeroinit", LOSS),
-    Claim("Fig. 4a", "All three have similar learning rates in the small batch limit (within a factor of 4 for B ≤ 16)",
-          WHOLE, "row", lambda row: spread(row) <= 4, shown="rate", least=2, high=16),
-    *(ahead("Table 4", method, "bn", TOP1, -0.005, high=1024) for method in ("fixup", "zeroinit")),  # competitive
-    *(ahead("Table 4", "bn", method, TOP1, 0.005, low=4096) for method in ("fixup", "zeroinit")),
-    ahead("Table 4", "fixup", "zeroinit-nodropout", TOP1, -0.005, high=1024),  # comparable
-    ahead("Table 4", "zeroinit-nodropout", "fixup", TOP1, -0.005, high=1024),
-    ahead("Table 5", "fixup", "bn", TOP1, -0.015, high=1024),  # slightly below, then considerably
-    ahead("Table 5", "bn", "fixup", TOP1, 0.015, low=4096),
-    *(ahead("Table 5", method, "zeroinit", TOP1, 0.01) for method in ("bn", "fixup", "zeroinit+bias")),
-    ahead("Table 5", "zeroinit+bias", "fixup", TOP1, -0.005, high=1024),  # the gap is closed
-]
-# fmt: on
-DEEP = ("Table 2", "Table 3", "Section 4")  # these compare depths, the others batch sizes
-FASTER = (
-    "WRN-16-4 trains roughly 40% faster at B 64 without batch normalization (1.3 to 1.7 times the images/s)"
-)
-
-
-def judge(section, claim):
-    """A claim's verdict in a section and the numbers behind it, from how many seeds; None where they are not enough."""
-
-    def tell(best):
-        told = best and (best.value if claim.shown == "value" else power(best.rate))
-        return f"{told} (*edge*)" if best and best.edge else told or "diverged"
-
-    lines = section.lines(claim.place, claim.metric, claim.methods)
-    shared = [x for x in next(iter(lines.values()), ()) if all(x in line for line in lines.values())]
-    shared = [x for x in shared if claim.low <= x <= claim.high]
-    lines = [[line[x] for x in shared] for line in lines.values()]
-    found = [best for line in (lines[:-1] if claim.test is plain_fails else lines) for best in line]
-    trained = all(best and how_many(best.runs) >= claim.kept for best in found)
-    usual = not claim.network or not section.differences(**claim.network)
-    if len(shared) < claim.least or shared[-1] < claim.reach or not trained or not usual:
-        return None
-    rows = list(zip(*lines, strict=True))
-    results = [claim.test(each) for each in {"row": rows, "line": lines, "all": [rows]}[claim.each]]
-    texts = [
-        f"{NAME[method]} {', '.join(map(tell, line))}"
-        for method, line in zip(claim.methods, lines, strict=True)
-    ]
-    axis = "depth" if claim.place in DEEP else "B"
-    numbers = f"{axis} {', '.join(map(str, shared))}: {'; '.join(texts)}"
-    if claim.each == "row" and claim.shown == "value":
-        ties = [
-            x
-            for x, row in zip(shared, rows, strict=True)
-            if abs(lead(*row)) <= max(best.std or 0 for best in row)
-        ]
-        numbers += f"; within one standard deviation at {axis} {', '.join(map(str, ties))}" * bool(ties)
-    counts, paper = [best.runs for best in found], section.setup.seeds
-    few = f", fewer than the paper's {paper} ({how_many(paper)} best)" * (min(counts) < paper)
-    verdict = "holds" if all(results) else "does not hold"
-    return None if None in results else (verdict, f"{numbers}; {seeds(counts)}{few}")
-
-
-def judge_speed(speed):
-    """The same for the wall-clock claim of section 3, from a record of speed.py; this project's engine decides it."""
-    found = {key[1:]: row["images_per_second"] for key, row in speed["fastest"].items() if key[0] == 64}
-    ratios = {
-        key[1]: found[key] / found["bn", key[1]]
-        for key in found
-        if key[0] == "none" and ("bn", key[1]) in found
-    }
-    if speed["model"] != "wrn16-4" or not ratios:
-        return None
-    ours = min(ratios, key=lambda engine: not engine.startswith("ours"))
-    numbers = "; ".join(f"{it} {ratios[it]:.2f} times ({found['none', it]:,.0f} images/s)" for it in ratios)
-    return "holds" if 1.3 <= ratios[ours] <= 1.7 else "does not hold", f"{numbers}; a timing, no seeds"
-
-
-def needs(claim):
-    """What has to have been run to decide a claim, in words."""
-    axis = "depth" if claim.place in DEEP else "batch size"
-    rest = f", {claim.least} or more {axis}s" * (claim.least > 1) + f", a {axis} of {claim.reach} or more" * (
-        claim.reach > 1
-    )
-    rest += ", two seeds or more" * (claim.kept > 1)
-    rest += ", the paper's protocol" * bool(claim.network) + ", and rates that do not diverge"
-    return f"runs of {claim.place} with {', '.join(NAME[method] for method in claim.methods)}{rest}"
-
-
-def judge_all(sections, speeds):
-    """Markdown: a line for each claim and each section that decides it; then those that nothing decides."""
-    asked = [
-        (claim, needs(claim), [(section.title, judge(section, claim)) for section in sections])
-        for claim in CLAIMS
-    ]
-    timed = [(speed["title"], judge_speed(speed)) for speed in speeds]
-    asked.append((("Section 3", FASTER), "a record of speed.py with both at B 64", timed))
-    decided, undecided = [], []
-    for (place, statement, *_), needed, answers in asked:
-        lines = [f"- **{it[0]}**, {place}: {statement}. *{name}:* {it[1]}" for name, it in answers if it]
-        decided += lines
-        undecided += [] if lines else [f"- **not enough runs**, {place}: {statement}. It needs {needed}"]
-    return ["\n".join(lines) for lines in (decided, undecided) if lines]
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-Panel = namedtuple(
-    "Panel", "title xlabel ylabel bases lines"
-)  # the bases of logarithmic axes; lines of (look, points)
-Point = namedtuple("Point", "x y down up mark", defaults=(None, 0, 0, ""))  # without a y it diverged
-
-
-def style(method, **changes):
-    name, colour, marker, line = METHODS[method]
-    size = {"bn": 6.5, WHOLE[0]: 6.5, "none": 5.5}.get(method, 4.5)  # markers at the same place stay visible
-    look = {
-        "label": name,
-        "color": colour,
-        "marker": marker,
-        "linestyle": line,
-        "markersize": size,
-        "linewidth": 1.3,
-    }
-    return look | changes
-
-
-def mean_point(x, found, mark):
-    """What runs reach, without a bar if it is one run."""
-    if not found or found.mean is None:
-        return Point(x)
-    return Point(x, found.metric.scale * found.mean, *[found.metric.scale * (found.std or 0)] * 2, mark)
-
-
-def rate_point(bs, best, mark):
-    """The optimal learning rate and its bracket."""
-    return (
-        Point(bs, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, mark) if best else Point(bs)
-    )
-
-
-def figure_panels(section, number):
-    """Figures 1 to 4."""
-    rates = number in (2, 4)
-    for metric, letter in zip((ACCURACY, LOSS), "ab", strict=True):
-        lines, point = [], rate_point if rates else mean_point
-        for method, line in section.lines(f"Fig. {number}", metric).items():
-            points = [point(bs, best, "edge" * bool(best and best.edge)) for bs, best in line.items()]
-            lines.append((style(method), points))
-        label = "learning rate" if rates else metric.name + metric.unit
-        yield Panel(
-            f"({letter}) {metric.name}", "batch size", f"optimal {label}", (2, 2 if rates else 0), lines
-        )
-
-
-def rate_lines(grid, metric):
-    """A ring marks the optimum, a crossed out marker at the bottom a learning rate that diverged."""
-    best, points = optimum(grid, metric), []
-    for rate, runs in sorted(grid.runs.items()):
-        points.append(mean_point(rate, best_runs(runs, metric), "best" * bool(best and rate == best.rate)))
-    yield style(grid.key[0]), points
-
-
-def curve_lines(grid, metric):
-    """Every run at the optimal learning rate; crossed out markers show where one, at any learning rate, diverged."""
-    best = optimum(grid, metric)
-    for run in (run for runs in grid.runs.values() for run in runs):
-        diverged = run["status"] == "diverged"
-        if diverged or (best and run["config"]["lr"] == best.rate):
-            points = [Point(*point) for point in curve(run, metric)] + [
-                Point(len(run["history"]) + 1)
-            ] * diverged
-            yield style(grid.key[0], alpha=0.6, linewidth=0.8, markersize=2), points
-
-
-MULTIPLES = ((rate_lines, "rates", "learning rate", 2), (curve_lines, "curves", "epoch", 0))
-
-
-def small_multiples(section, lines, metric, label, base):
-    """A panel for each depth and batch size, with the lines of each method."""
-    for depth, bs in dict.fromkeys(key[1:] for key in section.at):
-        drawn = [
-            line for key, grid in section.at.items() if key[1:] == (depth, bs) for line in lines(grid, metric)
-        ]
-        yield Panel(f"{depth} layers, batch size {bs}", label, metric.name + metric.unit, (base, None), drawn)
-
-
-def speed_panel(speed):
-    """Colours are methods, markers and lines are engines, and bars go from the slowest to the fastest round."""
-    lines, named = defaultdict(list), {}
-    for (bs, method, engine), row in speed["fastest"].items():
-        mean = row["images_per_second"]
-        lines[method, engine].append(Point(bs, mean, mean - row["low"], row["high"] - mean))
-    looks = []
-    for (method, engine), points in lines.items():
-        marker, line = ENGINES[engine.split(",")[0]]
-        look = style(method, marker=marker, linestyle=line, markersize=4)
-        named |= {
-            method: style(method, marker="", linestyle="-"),
-            engine: look | {"label": engine, "color": "#555555"},
-        }
-        looks.append((look | {"label": None}, points))
-    return Panel(
-        "", "batch size", "images per second", (2, 10), looks + [(look, []) for look in named.values()]
-    )
-
-
-def draw_line(axes, layer, look, points):
-    """A line with bars, hollow markers at edges, a ring around the best and crosses at the bottom for what diverged."""
-    xs, ys, bars = (
-        [p.x for p in points],
-        [math.nan if p.y is None else p.y for p in points],
-        [p[2:4] for p in points],
-    )
-    axes.errorbar(
-        xs, ys, [*zip(*bars, strict=True)] if any(map(any, bars)) else None, capsize=3, zorder=layer, **look
-    )
-    bare = look | {"label": None, "linestyle": "none", "zorder": layer + 0.5}
-    changes = {
-        "edge": {"markerfacecolor": "white"},
-        "best": {"marker": "o", "markersize": 12, "fillstyle": "none"},
-    }
-    for point in points:
-        if point.mark:
-            axes.plot(point.x, point.y, **bare | changes[point.mark])
-    lost = [point.x for point in points if point.y is None]
-    for marker in (look["marker"], "x") if lost else ():  # each method at a height of its own
-        height = 0.02 + 0.011 * list(NAME.values()).index(look["label"])
-        cross = {
-            "marker": marker,
-            "markersize": 6,
-            "fillstyle": "none",
-            "transform": axes.get_xaxis_transform(),
-        }
+    def __init__(self, values, sign):
+        best, *_, worst = ordered = sorted([*values, *values], reverse=sign > 0)
+        good, span = abs(best - ordered[3 * len(ordered) // 5]), abs(best - worst) or 1.0
+        self.best, self.worst, self.knee, self.zoomed = best, worst, worst, 0 < good < 0.3 * span
+        if self.zoomed:  # the better three fifths, up to a round number
+            step = 10.0 ** math.floor(math.log10(good))
+            self.knee = step * (math.floor if sign > 0 else math.ceil)((best - sign * good) / step)
+            self.zoomed = abs(best - self.knee) < span
+        fine, rest = abs(best - self.knee), abs(self.knee - worst) or span
+        slopes = (0.7 / fine, 0.3 / rest) if self.zoomed else (1 / span, 1 / span)
+        self.above, self.below = slopes[:: 1 if sign > 0 else -1]
+
+    def forward(self, y):
+        y = np.asarray(y, dtype=float) - self.knee
+        return np.where(y < 0, self.below * y, self.above * y)
+
+    def inverse(self, z):
+        z = np.asarray(z, dtype=float)
+        return self.knee + np.where(z < 0, z / self.below, z / self.above)
+
+    def ticks(self):
+        """Round numbers on either side; those near the knee only on the better one."""
+        from matplotlib.ticker import MaxNLocator
+
+        def within(one, other, most):
+            low, high = sorted((one, other))
+            found = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+            return [round(float(tick), 9) for tick in found if low <= tick <= high]
+
+        rest = within(self.knee, self.worst, 3) if self.zoomed else []
+        rest = [tick for tick in rest if abs(self.forward(tick)) > 0.07]
+        return within(self.best, self.knee, 6) + rest
+
+
+def powers(low, high, most=6):
+    """Powers of two from low to high, about so many."""
+    low, high = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
+    return [2.0**k for k in range(low, high + 1, max(1, math.ceil((high - low) / most)))]
+
+
+def rate_text(rate):
+    return f"$2^{{{math.log2(rate):.0f}}}$" if math.log2(rate).is_integer() else power(rate)
+
+
+def set_x(axes, label, xs):
+    """Scale and ticks of the x axis; batch sizes and depths are plain numbers."""
+    if label == "epoch":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return
+    axes.set_xscale("log", base=2)
+    rates = label == "learning rate"
+    shown = powers(xs[0], xs[-1]) if rates else xs[:: math.ceil(len(xs) / 7)]
+    axes.set_xticks(shown, [rate_text(x) if rates else f"{x:g}" for x in shown])
+    axes.minorticks_off()
+    pad = max(1.3, (xs[-1] / xs[0]) ** 0.06)
+    axes.set_xlim(xs[0] / pad, xs[-1] * pad)
+
+
+def set_y(axes, metric, ys, lanes):
+    """Scale and ticks of the y axis, with room for the crosses at its bad end."""
+    room, good = 0.05 + LANE * lanes, 0.06
+    if not ys:
+        axes.set_yticks([])  # all diverged: there is no scale
+    elif metric is None:
+        low, high = math.log2(min(ys)), math.log2(max(ys))
+        size = (high - low or 1) / (1 - room - good)
+        axes.set_yscale("log", base=2)
+        axes.set_ylim(2 ** (low - room * size), 2 ** (high + good * size))
+        axes.set_yticks(powers(2**low, 2**high), map(rate_text, powers(2**low, 2**high)))
+    else:
+        scale = Scale(ys, metric.sign)
+        low, high = sorted(map(float, scale.forward([scale.best, scale.worst])))
+        below, above = (room, good) if metric.sign > 0 else (good, room)
+        size = (high - low or 1) / (1 - room - good)
+        ends = low - below * size, high + above * size
+        axes.set_yscale("function", functions=(scale.forward, scale.inverse))
+        axes.set_ylim(*scale.inverse(ends))
+        axes.set_yticks(scale.ticks(), [f"{tick:g}" for tick in scale.ticks()])
+        if scale.zoomed:
+            outer, middle = scale.inverse([ends[metric.sign < 0], scale.forward(scale.worst) / 2])
+            axes.axhspan(scale.knee, outer, color="#f0f0f0", zorder=0)
+            style = {"va": "center", "rotation": 90, "size": 6, "c": "#808080"}
+            axes.text(1.01, middle, "compressed", transform=axes.get_yaxis_transform(), **style)
+    axes.minorticks_off()
+
+
+def draw_line(axes, layer, line, look, shift, lane, metric):
+    """A line with bars; hollow at edges, a ring at the best, crosses at the bad end for what diverged."""
+    xs, ys = [mark.x * shift for mark in line.marks], [math.nan if m.y is None else m.y for m in line.marks]
+    style = {"color": look.color, "marker": look.marker, "ms": 5, "ls": look.line, "lw": 1.4}
+    if line.paper:
+        style |= {"ls": "none", "ms": 10, "mew": 1.8, "fillstyle": "none", "alpha": 0.4}
+    if line.thin:
+        style |= {"lw": 0.8, "ms": 2, "alpha": 0.6}
+    bars = [[mark.down for mark in line.marks], [mark.up for mark in line.marks]]
+    axes.errorbar(xs, ys, bars if np.any(bars) else None, capsize=2.5, elinewidth=0.9, zorder=layer, **style)
+    bare = style | {"ls": "none", "zorder": layer + 0.5}
+    for mark in (mark for mark in line.marks if mark.y is not None):
+        if mark.edge:
+            axes.plot(mark.x * shift, mark.y, **bare | {"markerfacecolor": "white"})
+        if mark.best:
+            axes.plot(mark.x * shift, mark.y, **bare | {"marker": "o", "ms": 11, "fillstyle": "none"})
+    lost = [mark.x * shift for mark in line.marks if mark.y is None]
+    height = LANE * (lane + 0.6)  # each method has a height of its own
+    height = 1 - height if metric is LOSS else height
+    for marker in (look.marker, "x") if lost else ():
+        cross = {"marker": marker, "ms": 6, "fillstyle": "none", "transform": axes.get_xaxis_transform()}
         axes.plot(lost, [height] * len(lost), **bare | cross)
 
 
-def draw(folder, name, caption, panels):
-    """Write panels with one legend below as PNG and SVG, always the same bytes; return the Markdown that shows them.
+def draw_panel(axes, panel, panels, methods, looks):
+    """One panel; its ranges are those of all panels with its labels."""
+    alike = [other for other in panels if other.ylabel == panel.ylabel]
+    marks = [mark for other in alike for line in other.lines for mark in line.marks if mark.y is not None]
+    ys = [y for mark in marks for y in (mark.y - mark.down, mark.y, mark.y + mark.up)]
+    xs = sorted({m.x for p in panels if p.xlabel == panel.xlabel for line in p.lines for m in line.marks})
+    same = [other for other in alike if other.xlabel == panel.xlabel]
+    lost = [{line.method for line in p.lines for mark in line.marks if mark.y is None} for p in same]
+    set_x(axes, panel.xlabel, xs)
+    set_y(axes, panel.metric, ys, max(map(len, lost)))
+    lanes = sorted(lost[same.index(panel)], key=methods.index)
+    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in ("layers", "batch size") else 0
+    for layer, line in enumerate(panel.lines, 2):
+        # marks at the same place stand side by side
+        shift = 2 ** (wide * (methods.index(line.method) - (len(methods) - 1) / 2))
+        lane = lanes.index(line.method) if line.method in lanes else 0
+        draw_line(axes, layer, line, looks[line.method], shift, lane, panel.metric)
 
-    Axes of the same name have the same range, so that panels can be compared.
-    """
-    import matplotlib  # not above, because --edges has to start fast
+
+def draw(folder, name, caption, rows, looks):
+    """Write rows of panels with one legend as PNG and SVG, always the same bytes; return Markdown."""
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e8e8e8"}
-    )
-    columns, legend, named = min(4, len(panels)), {}, {}
-    lines, (width, height) = (
-        math.ceil(len(panels) / columns),
-        {1: (5.5, 4), 2: (4.4, 3.6)}.get(columns, (3.2, 2.6)),
-    )
-    figure = Figure(figsize=(width * columns, height * lines), layout="constrained")
-    figure.suptitle(caption, fontsize=9, color="#555555")
-    for i, panel in enumerate(panels, 1):
-        trained = any(point.y is not None for _, points in panel.lines for point in points)
-        like = {"sharex": named.get(panel.xlabel), "sharey": named.get(panel.ylabel) if trained else None}
-        axes = figure.add_subplot(lines, columns, i, title=panel.title, **like)
-        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel)
-        named |= {panel.xlabel: axes} | ({panel.ylabel: axes} if trained else {})
-        axes.margins(y=0.2)  # the crosses stand below the curves
-        for layer, (look, points) in enumerate(panel.lines, 2):
-            draw_line(axes, layer, look, points)
-        for scale, base in zip((axes.set_xscale, axes.set_yscale), panel.bases, strict=True):
-            if base:
-                scale("log", base=base)
-        if not panel.bases[0]:
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        if not trained:
-            axes.set_yticks([])  # all diverged: there is no scale
-        legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = sorted(legend, key=[*NAME.values(), *legend].index)
-    width = int(figure.get_figwidth() / 2.2)
-    figure.legend([legend[label] for label in order], order, loc="outside lower center", ncols=width)
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "plot",
+        "font.size": 9,
+        "axes.grid": True,
+        "grid.color": "#e4e4e4",
+    }
+    columns, widest = math.lcm(*map(len, rows)), max(map(len, rows))
+    width, height = {1: (5.4, 3.6), 2: (4.2, 3.3)}.get(widest, (3.1, 2.7))
+    figure = Figure(figsize=(width * widest, height * len(rows)), layout="constrained")
+    figure.suptitle(caption, fontsize=8.5, color="#666666")
+    places = figure.add_gridspec(len(rows), columns)
+    panels = [panel for row in rows for panel in row if panel]
+    methods = list(dict.fromkeys(line.method for panel in panels for line in panel.lines))
+    methods.sort(key=[*NAMES, *sorted(methods)].index)
+    for i, row in enumerate(rows):
+        step, left = columns // len(row), None
+        for j, panel in ((j, panel) for j, panel in enumerate(row) if panel):
+            axes = figure.add_subplot(places[i, j * step : (j + 1) * step], title=panel.title)
+            axes.set(xlabel=panel.xlabel, ylabel="" if panel.ylabel == left else panel.ylabel)
+            left = panel.ylabel
+            draw_panel(axes, panel, panels, methods, looks)
+    handles = []
+    for method, look in ((method, looks[method]) for method in methods):
+        handles.append(Line2D([], [], c=look.color, marker=look.marker, ls=look.line, label=name_of(method)))
+    if any(line.paper for panel in panels for line in panel.lines):
+        light = {"ls": "none", "ms": 9, "fillstyle": "none", "alpha": 0.5, "label": "the paper"}
+        handles.append(Line2D([], [], c="#555555", marker="o", **light))
+    ncols = max(2, int(figure.get_figwidth() / 2.4))
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, handlelength=2.8)
+    folder.mkdir(parents=True, exist_ok=True)
     for kind, unstamped in (("png", {"Software": None}), ("svg", {"Date": None})):
-        with whole_file(folder / f"{name}.{kind}") as file:
+        with atomic_write(folder / f"{name}.{kind}") as file:
             figure.savefig(file, format=kind, dpi=150, metadata=unstamped)
+        figure.set_layout_engine("none")  # the second picture keeps the places of the first
     return f"![{name}]({folder.name}/{name}.png)"
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """A binary file that is written completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        yield file
-    temporary.replace(path)
+# ---------------------------------------------------------------------------------------------------- tables
 
 
-# -------------------------------------------------------------------------------------------------------------- report
+def useful(header, rows):
+    """The table without empty columns, and without layers or batch size where they are the same
+    everywhere."""
+    shown = []
+    for i, name in enumerate(header):
+        told = {row[i] for row in rows}
+        shown += [i] if told != {"–"} and (len(told) > 1 or name not in ("Layers", "B")) else []
+    return [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def markdown(header, rows):
-    """A table, without the columns in which there is nothing."""
-    shown = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def plain(header, rows):
+    """A table as text."""
+    cells = [[str(cell).replace("*", "") for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        f"| {' | '.join(str(row[i]) for i in shown)} |" for row in (header, ["---"] * len(header), *rows)
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     )
 
 
-def table_keys(section, number):
-    """The (method, depth, batch size) of the rows of a table; none if what makes it a table of its own was not run."""
-    methods, imagenet = [method for table, method in TABLES if table == number], number > 3
-    own = [key for key in section.at if key[0] in methods and (imagenet or key[2] == section.bs)]
-    own = [key for key in own if number > 1 or key[1] == 16]
-    places, components = {key[1:] for key in own}, {key[0] for key in own} - {"none", "scalar", "zeroinit"}
-    if not {1: components, 2: len(places) > 1, 3: len(places) > 1}.get(number, places):
-        return []
-    if not section.differences(**NETWORK.get(number, {})):
-        places |= {(50, x) if imagenet else (x, section.bs) for x in TABLES[number, methods[0]]}
-    keys = [(method, *place) for place in sorted(places) for method in (*methods, *ALSO.get(number, ()))]
-    return [key for key in keys if key[0] in methods or key in section.at]
+def best_text(grid, metric):
+    """A grid's number and its optimal rate with the bracket of tied rates."""
+    best = grid.best(metric)
+    if not best:
+        return "diverged", f"at {power(min(grid.runs))} to {power(max(grid.runs))}"
+    text, top5 = number(grid, metric, best.mean, best.std), [final.get("test_top5") for final in best.kept]
+    if None not in top5:
+        text += f" / {100 * sum(top5) / len(top5):.2f}"
+    bracket = f" ({power(best.tied[0])} – {power(best.tied[-1])})" if len(best.tied) > 1 else ""
+    return text, power(best.rate) + bracket + (f" **({best.edge} tried)**" if best.edge else "")
 
 
-def cells(grid, metric):
-    """The number and the learning rate of an optimum."""
-    if not grid or not (best := optimum(grid, metric)):
-        tried = dict.fromkeys(power(rate) for rate in (min(grid.runs), max(grid.runs))) if grid else ()
-        return ("diverged", f"at {' – '.join(tried)}") if grid else ("not run", "not run")
-    return best.value, best.bracketed + f" **({best.edge} tried)**" * bool(best.edge)
+def paper_text(cell, digits):
+    """What the paper's table says: accuracy, rate and loss."""
+    if not cell:
+        return "–", "–", "–"
+    text = f"{cell.accuracy:.{digits}f}" + (f" ± {cell.std}" if cell.std else "")
+    text += f" / {cell.top5:.2f}" if cell.top5 else ""
+    bracket = f" (2^{cell.rates[1]} – 2^{cell.rates[2]})" if len(cell.rates) > 1 else ""
+    rate = f"2^{cell.rates[0]}{bracket}" if cell.rates else "–"
+    return text, rate, f"{cell.loss:.3f} ± {cell.loss_std}" if cell.loss else "–"
 
 
-def table(section, keys, number=None):
-    """Markdown: the grids at some (method, depth, batch size), beside the numbers of one of the paper's tables."""
-    rows, metrics = [], section.setup.metrics
-    for method, depth, bs in keys:
-        grid = section.at.get((method, depth, bs))
-        paper = TABLES.get((number, method), {}).get(depth if LOSS in metrics else bs, "–").split("|")
-        paper += ["–"] * (3 - len(paper))
-        (value, rate), (loss, its_rate), *_ = [*(cells(grid, metric) for metric in metrics), ("–", "–")]
-        runs = [run for rate in grid.runs for run in grid.runs[rate]] if grid else []
-        found = [best for metric in metrics if grid and (best := optimum(grid, metric))]
-        kept = dict.fromkeys(f"{how_many(best.runs)}/{best.runs}" for best in found)
-        lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}" if runs else "–"
-        row = [depth, bs, NAME[method], value, paper[0], rate, paper[1], loss, paper[2], its_rate]
-        rows.append([*row, ", ".join(kept) or "–", lost])
-    accuracy = "Test accuracy (%)" if LOSS in metrics else "Top-1 / top-5 (%)"
-    header = f"Layers|B|Method|{accuracy}|Paper|Rate|Paper|Training loss|Paper|Rate|Kept|Diverged"
-    return markdown(header.split("|"), rows)
+def row_of(section, depth, bs, method, grid, cell=None):
+    """A row of a table: one method at one depth and batch size, ours beside the paper's."""
+    accuracy, rate, loss = paper_text(cell, section.setup.digits)
+    if not grid:
+        return [depth, bs, name_of(method), "not run", accuracy, "–", rate, "–", loss, "–", "–", "–"]
+    metrics, runs = section.setup.metrics, [run for runs in grid.runs.values() for run in runs]
+    texts = [best_text(grid, metric) for metric in metrics]
+    (value, our_rate), (our_loss, its_rate), *_ = [*texts, ("–", "–")]
+    optima = [best for metric in metrics if (best := grid.best(metric))]
+    kept = ", ".join(dict.fromkeys(f"{len(best.kept)}/{best.runs}" for best in optima)) or "–"
+    lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}"
+    return [depth, bs, name_of(method), value, accuracy, our_rate, rate, our_loss, loss, its_rate, kept, lost]
 
 
-def protocol(section, **network):
-    """The end of a caption: the section's protocol, and what in it is not the paper's."""
-    differences, paper = section.differences(**network), section.setup.seeds
-    differences += [f"{seeds(section.counts)} instead of {paper}"] * (min(section.counts) < paper)
-    told = f"Not the paper's protocol: {', '.join(differences)}." if differences else "The paper's protocol."
-    return f"{section.caption}. {told}"
+def header_of(section):
+    accuracy = "Top-1 / top-5 (%)" if section.config.get("version") else "Test accuracy (%)"
+    return f"Layers|B|Method|{accuracy}|Paper|Rate|Paper|Training loss|Paper|Rate|Seeds|Diverged".split("|")
 
 
-def what_was_run(section):
-    """Markdown: runs, machines and commits; seeds that some rates lack; grids that no figure or table shows."""
-    runs = [run for grid in section.grids for records in grid.runs.values() for run in records]
-    machines = {
-        ", ".join(str(run["environment"].get(key)) for key in ("device", "precision", "torch"))
-        for run in runs
+def figure_table(section, target):
+    """Header and rows of a figure: each method's numbers, or optimal rates, at each batch size."""
+    found = [(metric, section.shown(target, metric)) for metric in section.setup.metrics]
+    sizes, rows = sorted({point.x for _, lines in found for line in lines.values() for point in line}), []
+    for metric, lines in found:
+        for method, line in lines.items():
+            texts = {point.x: best_text(point.grid, metric)[target.rates] for point in line}
+            rows.append([label_of(section, metric), name_of(method), *(texts.get(x, "–") for x in sizes)])
+    return ["", "Batch size", *sizes], rows
+
+
+def table_of(section, target):
+    """Header and rows of a figure or table; no rows if it was not run."""
+    if not target.table:
+        return figure_table(section, target)
+    lines = section.shown(target)
+    beside = lines and section.beside(target)
+    ours = {(p.grid.depth, p.grid.bs, method): p.grid for method, line in lines.items() for p in line}
+    paper = {
+        (key[2], key[3], key[1]): cell for key, cell in PAPER.items() if beside and key[0] == target.table
     }
-    commits = {str(run["environment"].get("commit")) for run in runs}
-    yield f"- {len(runs)} runs, {sum(run['status'] == 'diverged' for run in runs)} of them diverged"
-    yield f"- device, precision, torch: {'; '.join(sorted(machines))}; commit {', '.join(sorted(commits))}"
-    yield f"- images with fingerprint {runs[0]['config']['fingerprint']}"
-    for grid in section.grids:
-        seeds, lacking = (
-            {rate: {run["config"]["seed"] for run in grid.runs[rate]} for rate in sorted(grid.runs)},
-            {},
-        )
-        for rate, present in seeds.items():
-            lacking.setdefault(tuple(sorted(set().union(*seeds.values()) - present)), []).append(power(rate))
-        for missing, rates in lacking.items():
-            if missing:
-                yield f"- {grid.name} lacks at {', '.join(rates)} seed {', '.join(map(str, missing))}"
-        if not grid.key[0]:
-            yield f"- {grid.name} is in no figure or table"
+    order = [*target.methods, *lines]
+    keys = sorted(ours.keys() | paper.keys(), key=lambda key: (key[:2], order.index(key[2])))
+    return useful(header_of(section), [row_of(section, *key, ours.get(key), paper.get(key)) for key in keys])
 
 
-def section_report(section, home, curves):
-    """Markdown of a section, whose pictures go into a folder of its own."""
-    folder = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-")
-    caption = section.caption
-    yield f"# {caption}"
-    yield "\n".join(what_was_run(section))
-    for number in FIGURES:
-        if section.lines(f"Fig. {number}", ACCURACY):
-            yield draw(folder, f"fig{number}", caption, list(figure_panels(section, number)))
-            network = f"{section.depth}-{section.grids[0].config['width']} Wide-ResNet"
-            yield f"**Figure {number}.** {FIGURES[number]} {network}. {protocol(section, width=4, depth=16)}"
-    tabled = set()
-    for number in section.setup.tables:
-        if keys := table_keys(section, number):
-            tabled |= set(keys)
-            yield f"**Table {number}.** {protocol(section, **NETWORK.get(number, {}))}"
-            yield table(section, keys, number)
-    for metric in section.setup.metrics:
-        for lines, name, label, base in MULTIPLES if curves or metric is TOP1 else MULTIPLES[:1]:
-            panels = list(small_multiples(section, lines, metric, label, base))
-            if any(points for panel in panels for _, points in panel.lines):
-                yield draw(folder, f"{name}_{metric.key}", caption, panels)
-                yield f"**{metric.name.capitalize()} against the {label}.** {lines.__doc__} {caption}."
-    if section.at.keys() - tabled:
-        yield "**All grids.**"
-        yield table(section, section.at)
-
-
-def speed_report(speed, home):
-    """Markdown of a record of speed.py: a picture, a table, what the targets of the sweep cost, and its checks."""
-    fastest, rows = speed["fastest"], []
-    engines = sorted({key[2] for key in fastest}, key=lambda engine: [*ENGINES].index(engine.split(",")[0]))
-    for bs, method in dict.fromkeys(key[:2] for key in fastest):
-        cells, plain = [], None
-        for row in (fastest.get((bs, method, engine)) for engine in engines):  # the plain loop comes first
-            plain = row if row and row["engine"] == "plain" else plain
-            text = (
-                f"{row['images_per_second']:,.0f}" + f", {row['runs']} runs" * (row["runs"] > 1)
-                if row
-                else "–"
-            )
-            if row and plain and row is not plain:
-                text += f" (× {row['images_per_second'] / plain['images_per_second']:.2f})"
-            cells.append(text)
-        rows.append([bs, NAME[method], *cells])
-    yield from (f"# {speed['title']}", speed["about"])
-    yield draw(home / speed["folder"], "speed", speed["title"], [speed_panel(speed)])
-    yield f"**Images per second.** {speed_panel.__doc__} × how many times the plain loop's."
-    yield markdown(["B", "Method", *engines], rows)
-    if costs := [[line["target"], f"{line['runs']:,}", f"{line['hours']:,.0f}"] for line in speed["cost"]]:
-        yield "**What the targets of the sweep cost on this machine.**"
-        yield markdown(["Target", "Runs", "Hours"], costs)
-    for line in speed["checks"]:
-        met = "met" if line["met"] else "**not met**"
-        yield f"- {met}: {line['what']}: {line['value']:,.2f}, at least {line['target']:,}"
-
-
-def report(folder, runs, speeds, problems, curves):
-    """Write RESULTS/report: the claims, then every section, then the files that were not used."""
-    home, sections = folder / "report", make_sections(runs)
-    parts = ["# Claims of the paper", NOTE, *judge_all(sections, speeds)]
+def print_table(sections, name):
+    """A figure or table of every section that has it, as text."""
+    target, parts = TARGETS[name], []
     for section in sections:
-        parts += section_report(section, home, curves)
-    for speed in speeds:
-        parts += speed_report(speed, home)
+        header, rows = table_of(section, target)
+        title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
+        parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
+    return "\n\n".join(parts) or f"{target.title}: nothing was run yet (bash sweep.sh {name})"
+
+
+def caption_of(section, target):
+    """What a figure or table shows, and what all of it has in common."""
+    network = "" if target.version or target.deep else f", {16 if target.table else section.depth} layers"
+    return f"{target.caption}{network}" + (
+        f", batch size {section.bs}" if target.table and not target.version else ""
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+NOTE = """Of n runs at a learning rate the best ⌈0.8 n⌉ are kept (12 of 15), for accuracy and loss
+independently. A number is their mean ± one standard deviation at the rate with the best mean; rates
+in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. A statement that
+more rates could overturn is undecided. Tied: the difference is below one standard error (of a
+single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
+deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
+diverged; grey: a part of an axis that is compressed, so that small differences above it can be
+seen."""
+
+
+def tally(answers):
+    """How many statements hold, in one line."""
+    count = Counter(answer.verdict for answer in answers)
+    told = f"{count[HOLDS]} hold, {count[FAILS]} do not, {count[TIED]} tied, {count[UNDECIDED]} undecided"
+    return f"of {len(answers)} statements: {told}"
+
+
+def where(answer, letters):
+    """The section that an answer is from, and those with another verdict."""
+    others = {letters[s]: v for s, v in answer.elsewhere.items() if v not in (answer.verdict, UNDECIDED)}
+    text = ", ".join(f"{letter}: {verdict.value}" for letter, verdict in others.items())
+    return letters.get(answer.section, "–") + (f" ({text})" if text else "")
+
+
+def verdict_tables(answers, letters):
+    """Markdown: a table for each verdict, the one of undecided statements folded."""
+    for verdict in (FAILS, HOLDS, TIED, UNDECIDED):
+        chosen = [(n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict]
+        start = [[n, answer.claim.statement, answer.claim.place] for n, answer in chosen]
+        title = f"{verdict.value.capitalize()} ({len(chosen)})"
+        if chosen and verdict is not UNDECIDED:
+            header = ["#", "Statement", "Place", "Ours", "Seeds", "Section"]
+            ends = [[a.ours, a.seeds or "–", where(a, letters)] for _, a in chosen]
+            yield f"## {title}\n\n{markdown(header, [a + b for a, b in zip(start, ends, strict=True)])}"
+        elif chosen:
+            header = ["#", "Statement", "Place", "Why", "Ours so far", "What would decide it"]
+            ends = [[a.reason, a.ours or "–", f"`{a.command}`"] for _, a in chosen]
+            table = markdown(header, [a + b for a, b in zip(start, ends, strict=True)])
+            yield folded(f"<b>{title}</b>", table)
+
+
+def folded(summary, text):
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+def protocol(section):
+    """What of the protocol is not the paper's, what was run, and on what."""
+    runs = [run for grid in section.grids for runs in grid.runs.values() for run in runs]
+    paper, width = section.setup.protocol, section.config.get("width")
+    ours = {key.replace("_", " "): (value, paper[key]) for key, value in section.differences.items()}
+    words = [f"{key} {value} instead of {other}" for key, (value, other) in ours.items()]
+    words += [f"width {width} instead of 4 (2 in Tables 2 and 3)"] if width not in (None, 2, 4) else []
+    most = max(len(runs) for grid in section.grids for runs in grid.runs.values())
+    words += [f"at most {most} seeds instead of {section.setup.seeds}"] if most < section.setup.seeds else []
+    told = f"Not the paper's protocol: {', '.join(words)}" if words else "The paper's protocol"
+    lost = sum(run["status"] == "diverged" for run in runs)
+    made = {", ".join(str(run["environment"].get(k)) for k in ("device", "torch", "commit")) for run in runs}
+    return f"{told}. {len(runs)} runs, {lost} diverged; device, torch, commit: {'; '.join(sorted(made))}."
+
+
+def small_multiples(section, draws, metric, without=()):
+    """Rows of four panels, one for each depth and batch size, of those with more than a single mark."""
+    places = dict.fromkeys((grid.depth, grid.bs) for grid in section.grids).keys() - without
+    panels = [draws(section, *at, metric, f"{at[0]} layers, batch size {at[1]}") for at in sorted(places)]
+    panels = [panel for panel in panels if any(len(line.marks) > 1 for line in panel.lines)]
+    rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
+    return rows if len(rows) < 2 else [row + [None] * (4 - len(row)) for row in rows]
+
+
+def section_parts(section, looks, home, curves):
+    """Yield (name, Markdown) of a section's pictures and tables; each grid is in one table only."""
+    folder, seen = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-"), set()
+    deep = {(grid.depth, grid.bs) for grid in section.grids if grid.bs == section.bs}
+    deep = deep if len(deep) > 1 and LOSS in section.setup.metrics else set()
+    if deep:
+        title = f"{section.title}, batch size {section.bs}"
+        yield "depth", draw(folder, "depth", title, depth_panels(section), looks)
+    for name in ("fig1", "fig2", "fig3", "fig4", "table2", "table3", "table4", "table5", "table1"):
+        target = TARGETS[name]
+        grids = {point.grid for line in section.shown(target).values() for point in line}
+        if not (grids if name.startswith("fig") else grids - seen):
+            continue
+        seen |= grids
+        table, panels = markdown(*table_of(section, target)), []
+        for letter, metric in zip("ab", section.setup.metrics, strict=False) if not target.table else ():
+            title = f"{letter}) {metric.name}"
+            panels.append(figure_panel(section, target, metric, target.rates, title))
+        if panels:
+            yield name, draw(folder, name, f"{section.title}, {section.depth} layers", [panels], looks)
+        text = table if target.table else folded("Numbers", table)
+        yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{text}"
+    if rest := [grid for grid in section.grids if grid not in seen]:
+        rows = [row_of(section, grid.depth, grid.bs, grid.method, grid) for grid in rest]
+        yield "", f"**Other runs.**\n\n{markdown(*useful(header_of(section), rows))}"
+    for metric in section.setup.metrics:
+        for kind, draws in (("rates", rates_panel), ("curves", curves_panel))[: 1 + curves]:
+            skip = deep if kind == "rates" and metric is ACCURACY else set()
+            if rows := small_multiples(section, draws, metric, skip):
+                yield "", draw(folder, f"{kind}_{metric.key}", section.title, rows, looks)
+
+
+def report(folder, sections, problems, curves):
+    """Write RESULTS/report/REPORT.md and its pictures; return its path and the tally."""
+    home, looks, answers = folder / "report", looks_of(sections), [*judge_all(sections), judge_speed(folder)]
+    letters = {section: chr(ord("A") + n) for n, section in enumerate(sections)}
+    top, parts = {}, []
+    for section, letter in letters.items():
+        parts.append(f"# {letter}. {section.title}\n\n{protocol(section)}")
+        for name, text in section_parts(section, looks, home, curves):
+            if name and name not in top:
+                title = "Depth" if name == "depth" else TARGETS[name].title
+                top[name] = f"{text}\n\n*{title}, from section {letter}.*"
+            else:
+                parts.append(text)
     if problems:
-        parts += ["# Files that were not used", "\n".join(f"- {name}: {problems[name]}" for name in problems)]
-    with whole_file(home / "REPORT.md") as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
-    return home / "REPORT.md"
+        listed = [f"- {name}: {problem}" for name, problem in problems.items()]
+        parts.append("# Files that were not used\n\n" + "\n".join(listed))
+    names = "\n".join(f"- {letter}: {section.title}" for section, letter in letters.items())
+    line = tally(answers)
+    head = f"**{line.capitalize()}.** Sections, nearest to the paper first:\n\n{names}"
+    head = ["# How much of the paper holds", head, *top.values()]
+    text = "\n\n".join([*head, *verdict_tables(answers, letters), NOTE, *parts]) + "\n"
+    home.mkdir(parents=True, exist_ok=True)
+    with atomic_write(home / "REPORT.md") as file:
+        file.write(text.encode())
+    return home / "REPORT.md", line
+
+
+def write_csv(path, records):
+    """Write a row for each run and epoch: all of its configuration, then what was measured."""
+    keys = list(dict.fromkeys(key for record in records for key in record["config"]))
+    measured = list(dict.fromkeys(key for record in records for entry in record["history"] for key in entry))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ["epoch_lr" if key == "lr" else key for key in measured]  # `lr` is that of the configuration
+    writer.writerow(["file", "status", *keys, *names])
+    for record in records:
+        start = [record["file"], record["status"], *(record["config"].get(key) for key in keys)]
+        writer.writerows([*start, *(entry.get(key) for key in measured)] for entry in record["history"])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def parse_args():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("results", type=Path, help="folder with the records, RESULTS/DATA/RUN.json")
+    add("--table", choices=[*TARGETS, "demo"], help="print this figure or table, draw nothing")
+    add("--csv", type=Path, metavar="FILE", help="write a row for each run and epoch, draw nothing")
+    add("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
+    return parser, parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("results", type=Path, help="folder with the records, RESULTS/DATASET/RUN.json")
-    parser.add_argument(
-        "--curves", action="store_true", help="also draw the learning curves at the optimal rates"
-    )
-    parser.add_argument("--edges", action="store_true", help="print GRID<tab>RATE for each rate to try next")
-    args = parser.parse_args()
-    runs, speeds, problems = read_records(args.results)
+    parser, args = parse_args()
+    records, problems = read_all(args.results)
     for name, problem in problems.items():
         print(f"{args.results / name}: not used: {problem}", file=sys.stderr)
-    if not runs and not speeds:
-        parser.exit(2, f"error: no records in {args.results} (as {args.results}/DATASET/RUN.json)\n")
-    if args.edges:
-        grids = [grid for section in make_sections(runs) for grid in section.grids]
-        print("".join(f"{grid.name}\t{power(rate)}\n" for grid in grids for rate in next_rates(grid)), end="")
-        return
+    if not records:
+        parser.exit(2, f"error: no records in {args.results} (as {args.results}/DATA/RUN.json)\n")
     try:
-        print(f"report: {report(args.results, runs, speeds, problems, args.curves)}")
+        if args.csv:
+            write_csv(args.csv, records)
+            print(f"{args.csv}: {len(records)} runs")
+        elif args.table:
+            print(print_table(make_sections(records), "table2" if args.table == "demo" else args.table))
+        else:
+            path, line = report(args.results, make_sections(records), problems, args.curves)
+            print(f"{line}\nreport: {path}")
     except OSError as error:
-        parser.exit(2, f"error: cannot write the report: {error}\n")
+        parser.exit(2, f"error: cannot write {error.filename}: {error.strerror}\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from statistics import fmean, stdev
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
 NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
 FINAL = ("test_accuracy", "train_loss", "train_objective")
+ENTRY = {"lr", "train_loss", "l2", "train_accuracy", "seconds"}  # of every epoch
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
 
@@ -88,10 +89,11 @@ def check_record(record: dict, name: str):
     kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
     check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
     for epoch, entry in enumerate(history, 1):
-        check(entry["epoch"] == epoch, f"its history has epoch {entry['epoch']} in place of {epoch}")
-        for key in ("lr", "train_loss", "l2", "train_accuracy", "seconds", *entry):
-            holds = is_number(entry[key], *BOUNDS.get(key, ()))
-            check(holds, f"its {key} at epoch {epoch} cannot be {entry[key]!r}")
+        if entry["epoch"] != epoch:
+            raise ValueError(f"its history has epoch {entry['epoch']} in place of {epoch}")
+        for key in ENTRY | entry.keys():  # texts only where they are needed: sweeps read thousands of records
+            if not is_number(entry[key], *BOUNDS.get(key, ())):
+                raise ValueError(f"its {key} at epoch {epoch} cannot be {entry[key]!r}")
     check(diverged or status == "done", f"its status is {status!r}, neither done nor diverged")
     check(diverged or len(history) == epochs, f"its history ends at epoch {len(history)} of {epochs}")
     check(not diverged or is_number(record["diverged_at_step"], 0, kind=int), "it diverged at no step")

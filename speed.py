@@ -288,21 +288,22 @@ def make_record(args, device):
         record["rows"] += measure(args, images, pictures, bs)
         record["checks"] = [*judge(record["rows"], device.type)] if args.model == "wrn16-4" else []
         yield record
-    mine = (len(images.train_batch(rows)[1]) for rows in itertools.cycle(images.draw(0, 0).split(64)))
-    loader = DataLoader(pictures, 64, shuffle=True)
-    record["checks"].append(against_pil("crop and flip, one core", 8, args, device, mine, loader))
+    if args.wrn:
+        mine = (len(images.train_batch(rows)[1]) for rows in itertools.cycle(images.draw(0, 0).split(64)))
+        loader = DataLoader(pictures, 64, shuffle=True)
+        record["checks"].append(against_pil("crop and flip, one core", 8, args, device, mine, loader))
     record["checks"] += decoding(args.photos, args) if args.photos else []
     yield record
 
 
 def print_table(record: dict):
     """Print what a record holds."""
-    form = "{:16} {:>5} {:15} {:9} {:>10} {:>19} {:>9} {:>7}"
+    form = "{:16} {:>5} {:15} {:9} {:>10} {:>22} {:>9} {:>7}"
     head = "images/s", "lowest to highest", "ms/update", "/ plain"
     print("\n" + form.format("method", "B", "engine", "precision", *head))
     for row in record["rows"]:
         engine = row.engine + (f" x {row.runs}" if row.runs > 1 else "")
-        speed, spread = row.images_per_second, f"{row.low:,.0f} to {row.high:,.0f}"
+        speed, spread = row.images_per_second, f"{row.low:,.1f} to {row.high:,.1f}"
         base = find(record["rows"], bs=row.bs, method=row.method, engine="plain")
         cells = f"{speed:,.1f}", spread, f"{1000 * row.bs * row.runs / speed:,.2f}"
         ratio = f"{speed / base:.2f}" if base else ""

@@ -1,0 +1,544 @@
+"""The statements of the paper, and whether runs bear them out.
+
+A claim is a function whose docstring is the statement, or a row of "A is better than B". It gets the points
+of its figure or table from one section (paper.py) and returns a verdict, which is `undecided` where learning
+rates that were not tried could change it.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from paper import NAMES, NO_L2, SATURATION, SETUPS, TARGETS, WHOLE, Section, name_of
+from records import ACCURACY, LOSS, Metric, power
+
+# -------------------------------------------------------------------------------------------------- verdicts
+
+
+class Verdict(Enum):
+    """What runs say of a statement."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    TIED = "tied"
+    UNDECIDED = "undecided"
+
+
+HOLDS, FAILS, TIED, UNDECIDED = Verdict
+TINY = 1e-9  # a limit that is met exactly is met
+
+
+def decide(lead, error=0.0, rise=False, fall=False):
+    """The verdict on a lead that must be positive; more learning rates could let it `rise`, or `fall`."""
+    if abs(lead) <= error:
+        return UNDECIDED if rise or fall else TIED
+    return (UNDECIDED if fall else HOLDS) if lead > 0 else UNDECIDED if rise else FAILS
+
+
+def every(verdicts):
+    """The verdict on several statements together."""
+    found = set(verdicts)
+    return next((verdict for verdict in (FAILS, UNDECIDED, TIED, HOLDS) if verdict in found), UNDECIDED)
+
+
+def compare(first, second, by=0.0):
+    """Whether the first point is better than the second by more than `by`; divergence is the worst score."""
+    lead = 0.0 if first.score == second.score else first.score - second.score
+    return decide(lead - by, max(first.error, second.error), first.open, second.open)
+
+
+def not_behind(first, second, by):
+    """Whether the first point is at most so far behind the second."""
+    return decide(first.score - second.score + by + TINY, 0, first.open, second.open)
+
+
+def overlap(first, second):
+    """Whether the bars of one standard deviation of two points overlap."""
+    bars = first.std + second.std
+    return every([not_behind(first, second, bars), not_behind(second, first, bars)])
+
+
+def grows(first, second, low=-math.inf, high=math.inf):
+    """Whether the rate grows from one point to another by 2^low to 2^high, as far as the tied rates tell."""
+    above, below = second.low - first.high - high, low - second.high + first.low
+    up, down = second.up or first.down, second.down or first.up
+    fall = (up and high < math.inf) or (down and low > -math.inf)
+    return decide(TINY - max(above, below), 0, up if below > above else down, fall)
+
+
+def higher_rate(first, second):
+    """Whether all tied rates of the first point are above those of the second."""
+    lead = max(0, first.low - second.high) - max(0, second.low - first.high)
+    return decide(lead, 0, first.up or second.down, first.down or second.up)
+
+
+def rows(*lines):
+    """The points of several lines at each x that all of them have."""
+    at = [{point.x: point for point in line} for line in lines]
+    return [[line[x] for line in at] for x in at[0] if all(x in line for line in at)]
+
+
+def small(line):
+    """The points of a line over its first factor of 4."""
+    return [point for point in line if point.x <= 4 * line[0].x]
+
+
+def best_of(line):
+    return max(line, key=lambda point: point.score)
+
+
+# ---------------------------------------------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper and the test that decides it."""
+
+    place: str
+    statement: str
+    methods: tuple
+    test: object  # gets the section and the points of each method, and returns a verdict
+    metric: Metric = ACCURACY
+    low: int = 1  # batch sizes or depths from
+    high: float = math.inf  # and to
+    least: int = 1  # so many of them are needed
+    reach: int = 1  # and one this large; of batch sizes a quarter, where the budget is not the paper's
+    start: float = math.inf  # and one this small
+    runs: int = 1  # so many runs of each point are needed
+    rates: bool = False  # about optimal rates
+    worst: bool = False  # a point that diverged at every rate is the worst; in other claims it drops out
+    paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
+    leads: bool = False  # the smallest lead is told in place of all numbers
+
+    @property
+    def target(self):
+        """The name of the figure or table whose runs decide it."""
+        other = {"Section 2": "table2", "Section 6": "fig2"}
+        return other.get(self.place) or re.sub(r"\W", "", self.place.lower()).rstrip("ab")
+
+
+CLAIMS = []
+
+
+def claim(place, *methods, **options):
+    """Make a function a claim: its docstring is the statement, with {0} for a method and {names} for all."""
+
+    def register(test):
+        names = [name_of(method) for method in methods]
+        statement = " ".join(test.__doc__.split()).removesuffix(".")
+        CLAIMS.append(
+            Claim(
+                place, statement.format(*names, names=", ".join(names), **options), methods, test, **options
+            )
+        )
+        return test
+
+    return register
+
+
+def better(place, first, second, words="better than", least=0.0, most=math.inf, **options):
+    """Add the claim that one method leads another wherever both were run, by over `least` and up to `most`.
+
+    A negative `least` is a distance that the first may be behind.
+    """
+
+    def test(section, *lines):
+        found = []
+        for one, two in rows(*lines):
+            found.append(not_behind(one, two, -least) if least < 0 else compare(one, two, least))
+            found += [not_behind(two, one, most)] if most < math.inf else []
+        return every(found)
+
+    metric, low, high = (options.get(key) for key in ("metric", "low", "high"))
+    where = f" for B ≥ {low}" if low else f" for B ≤ {high}" if high else ""
+    accuracy = SETUPS[TARGETS.get(place.lower().replace(" ", ""), TARGETS["fig1"]).version].accuracy
+    name = metric.name if metric else accuracy
+    statement = f"{NAMES[first]} is {words} {NAMES[second]} in {name}{where}"
+    CLAIMS.append(Claim(place, statement, (first, second), test, worst=True, leads=True, **options))
+
+
+def reaches(place, statement, methods, floor, **options):
+    """Add the claim that methods reach an accuracy with the paper's data, network and budget."""
+
+    def test(section, *lines):
+        points = [point for line in lines for point in line]
+        return every(decide(p.score - floor, p.error, p.open or p.untried) for p in points)
+
+    CLAIMS.append(Claim(place, statement, methods, test, worst=True, paper=True, **options))
+
+
+THREE, THREE_WHOLE = ("bn", "none", "zeroinit"), (WHOLE, "none", "zeroinit")
+better("Fig. 1a", "bn", "none")
+
+
+@claim("Fig. 1a", "bn", "none", least=2, worst=True)
+def higher_after_tuning(section, bn, none):
+    """Batch Normalization is over one point better, each at its best batch size and learning rate."""
+    rise, fall = (any(point.open for point in line) for line in (bn, none))
+    return decide(best_of(bn).score - best_of(none).score - 0.01, best_of(none).error, rise, fall)
+
+
+@claim("Fig. 1a", *THREE, least=2, runs=2, high=64)
+@claim("Fig. 3a", "zeroinit", least=3, runs=2, high=256)
+def independent_of_batch_size(section, *lines):
+    """The accuracy does not depend on B for B ≤ {high}: {names} (one deviation bars overlap with the
+    median's)."""
+    middles = [sorted(line, key=lambda point: point.score)[len(line) // 2] for line in lines]
+    return every(overlap(point, at) for line, at in zip(lines, middles, strict=True) for point in line)
+
+
+@claim("Fig. 1a", *THREE, least=3, reach=4096)
+def falls_at_large_sizes(section, *lines):
+    """The accuracy falls when B is large (the largest B is below the best)."""
+    return every(compare(best_of(line[:-1]), line[-1]) for line in lines)
+
+
+@claim("Fig. 3a", WHOLE, least=3, start=8, reach=64)
+def falls_at_small_sizes(section, bn):
+    """Batch Normalization drops when B is small (the smallest B, 8 or less, is below the best)."""
+    return compare(best_of(bn[1:]), bn[0])
+
+
+@claim("Fig. 1a", "none", "bn", least=3, reach=1024)
+@claim("Fig. 1a", "zeroinit", "bn", least=3, reach=1024)
+def efficient_sizes(section, *lines):
+    """The largest efficient B (within a point of the best) is at least 8 times smaller for {0} than for
+    {1}."""
+    bounds = []
+    for line in lines:
+        size = max(point.x for point in line if point.score >= best_of(line).score - 0.01)
+        known = not any(point.open for point in line)
+        bounds.append((size if known else 0, size if known and size < line[-1].x else math.inf))
+    (its_low, its_high), (low, high) = bounds
+    return HOLDS if low >= 8 * its_high else FAILS if high < 8 * its_low else UNDECIDED
+
+
+better("Fig. 1a", "zeroinit", "none")
+
+
+@claim("Fig. 1a", "zeroinit", "none", "bn", high=256, worst=True)
+def recovers_most(section, *lines):
+    """ZeroInit recovers most of what Batch Normalization improves (over half of the gap) for B ≤ 256."""
+    leads = [(z, none, bn, z.score - (none.score + bn.score) / 2) for z, none, bn in rows(*lines)]
+    return every(decide(lead, z.error, z.open, none.open or bn.open) for z, none, bn, lead in leads)
+
+
+@claim("Fig. 1a", "zeroinit", "bn", high=256, runs=2)
+def competitive(section, *lines):
+    """ZeroInit is competitive with Batch Normalization for B ≤ 256 (one deviation bars overlap, or it
+    leads)."""
+    return every(not_behind(zeroinit, bn, zeroinit.std + bn.std) for zeroinit, bn in rows(*lines))
+
+
+better("Fig. 1a", "bn", "zeroinit", low=1024)
+better("Fig. 1b", "bn", "none", metric=LOSS)
+better("Fig. 1b", "bn", "zeroinit", metric=LOSS)
+
+
+@claim("Fig. 1b", "none", "bn", metric=LOSS, least=3, reach=1024)
+@claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, reach=1024)
+@claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, reach=1024)
+def loss_degrades(section, *lines):
+    """From the smallest to the largest B the training loss of {0} grows by a greater factor than that of
+    {1}."""
+    (more, less), *_, (more_end, less_end) = rows(*lines)
+    lead = math.log(more_end.score / more.score) - math.log(less_end.score / less.score)
+    error = max(point.error / -point.score for point in (more, less, more_end, less_end))
+    return decide(lead, error, more.open or less_end.open, more_end.open or less.open)
+
+
+@claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64)
+def similar_losses(section, *lines):
+    """Without normalization the training loss is similar with and without ZeroInit (within 20% for B ≤
+    64)."""
+    pairs = rows(*lines) + rows(*lines[::-1])
+    return every(not_behind(one, two, -0.2 * two.score) for one, two in pairs)
+
+
+@claim("Fig. 2a", *THREE, least=4, rates=True)
+@claim("Fig. 2b", *THREE, metric=LOSS, least=4, rates=True)
+@claim("Fig. 4a", *THREE_WHOLE, least=2, rates=True)
+@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, least=2, rates=True)
+def proportional(section, *lines):
+    """The optimal rate is proportional to B when B is small (over a factor of 4 it grows as B^0.5 to
+    B^1.5)."""
+    ends = [(points[0], points[-1], math.log2(points[-1].x / points[0].x)) for points in map(small, lines)]
+    return every(grows(start, end, 0.5 * span, 1.5 * span) for start, end, span in ends)
+
+
+@claim("Fig. 2a", *THREE, least=4, reach=4096, rates=True)
+@claim("Fig. 2b", *THREE, metric=LOSS, least=4, reach=4096, rates=True)
+def saturates(section, *lines):
+    """The optimal rate saturates when B is large (over the last factor of 4 it grows slower than B^0.5)."""
+    ends = [(next(point for point in line if 4 * point.x >= line[-1].x), line[-1]) for line in lines]
+    return every(grows(start, end, high=0.5 * math.log2(end.x / start.x) - 0.1) for start, end in ends)
+
+
+@claim("Fig. 2a", *THREE, high=32, rates=True)
+@claim("Fig. 2b", *THREE, metric=LOSS, high=32, rates=True)
+@claim("Fig. 4a", *THREE_WHOLE, high=16, least=2, rates=True)
+@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, high=16, least=2, rates=True)
+def similar_rates(section, *lines):
+    """All three have similar optimal rates at the same small B (within a factor of 4 for B ≤ {high})."""
+    return every(grows(*pair, -2, 2) for row in rows(*lines) for pair in itertools.combinations(row, 2))
+
+
+@claim("Fig. 2a", *THREE, least=4, reach=4096, rates=True, paper=True)
+def saturation_rates(section, *lines):
+    """The optimal rate saturates at 2^4 with normalization, 2^-3 without and 2^1 with ZeroInit (factor 2)."""
+    found = []
+    for limit, line in zip(SATURATION.values(), lines, strict=True):
+        top = max(line, key=lambda point: point.high)
+        found += [decide(limit + 1 - point.low + TINY, 0, point.down, point.up) for point in line]
+        found += [decide(top.high - limit + 1 + TINY, 0, any(point.up for point in line), top.down)]
+    return every(found)
+
+
+@claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, rates=True)
+@claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, rates=True)
+def larger_rates(section, *lines):
+    """At the largest B the optimal rate is larger with ZeroInit than without, and largest with
+    normalization."""
+    bn, zeroinit, none = rows(*lines)[-1]
+    return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
+
+
+@claim("Fig. 2a", "bn", "none", high=32)
+@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32)
+def rate_is_not_the_reason(section, *lines):
+    """Larger rates are not why normalization is better at small B (B ≤ 32: it is, at rates within a factor
+    4)."""
+    pairs = rows(*lines)
+    return every(verdict for bn, none in pairs for verdict in (compare(bn, none), grows(none, bn, -2, 2)))
+
+
+@claim("Section 6", "bn", least=3, reach=1024, runs=2)
+def small_rates_suffice(section, bn):
+    """Batch Normalization is as accurate at the smallest B as at its largest optimal rate, 8 times that or
+    more."""
+    top = max(bn, key=lambda point: point.low)
+    return every([not_behind(bn[0], top, bn[0].std + top.std), grows(bn[0], top, low=3)])
+
+
+def keeps(section, point, shallow):
+    """Whether a network trains as well as a shallow one: the lead compared depends on the budget."""
+    floor = shallow.score - 0.02 if section.budget else 0.8 * shallow.score
+    return decide(point.score - floor + TINY, 0, point.open or point.untried, shallow.open)
+
+
+@claim("Section 2", "none", "bn", least=2, reach=40, worst=True)
+def plain_fails_at_depth(section, none, bn):
+    """Batch Normalization trains the deepest network and the plain network does not (trains: as in Table
+    2)."""
+    plain = keeps(section, none[-1], none[0])
+    fails = {HOLDS: FAILS, FAILS: HOLDS}.get(plain, plain)
+    return every([fails, keeps(section, bn[-1], bn[0])])
+
+
+@claim("Table 2", "bn", least=2, reach=100, worst=True)
+@claim("Table 2", "zeroinit", least=2, reach=100, worst=True)
+@claim("Table 3", NO_L2, least=2, reach=100, worst=True)
+@claim("Table 3", "scalar", least=2, reach=100, worst=True)
+def trains_very_deep(section, line):
+    """{0} trains very deep networks (within 2 points of the shallowest; at another budget, 80% of it)."""
+    return every(keeps(section, point, line[0]) for point in line[1:])
+
+
+@claim("Table 2", "bn", "zeroinit", least=2, reach=100, rates=True)
+@claim("Table 3", NO_L2, least=2, reach=100, rates=True)
+def rate_hardly_depends_on_depth(section, *lines):
+    """The optimal rate hardly depends on depth: {names} (within a factor of 2, tied rates included)."""
+    return every(grows(*pair, -1, 1) for line in lines for pair in itertools.combinations(line, 2))
+
+
+better("Table 2", "bn", "zeroinit", "slightly (at most one point) better than", most=0.01)
+reaches("Table 2", "Both train 1000 layers to over 94% test accuracy", ("bn", "zeroinit"), 0.94, low=1000)
+better("Table 3", "zeroinit", NO_L2)
+reaches("Table 1", "A scalar multiplier is sufficient for an accuracy of 94% (rounded)", ("scalar",), 0.935)
+reaches("Table 1", "ZeroInit further increases it to 94.4% (94.2% or more)", ("zeroinit",), 0.942)
+
+
+@claim(
+    "Table 1", "scalar", "none", "biases", "dropout", "biases+dropout", "zeroinit", metric=LOSS, worst=True
+)
+def scalar_has_lowest_loss(section, *lines):
+    """The scalar multiplier alone achieves the lowest training loss."""
+    return every(compare(scalar, other) for scalar, *others in rows(*lines) for other in others)
+
+
+for pair in itertools.pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases")):
+    better("Table 1", *pair)
+for pair in (("scalar", "zeroinit"), ("zeroinit", "biases"), ("biases", "none"), ("none", "dropout")):
+    better("Table 1", *pair, metric=LOSS)
+better("Table 1", "biases+dropout", "dropout", metric=LOSS)
+better("Fig. 3a", "zeroinit", WHOLE, high=4)
+better("Fig. 3a", WHOLE, "zeroinit", low=256)
+better("Fig. 3b", WHOLE, "zeroinit", metric=LOSS)
+for method in ("fixup", "zeroinit"):
+    better("Table 4", method, "bn", "competitive (at most 0.5 points below) with", -0.005, high=1024)
+    better("Table 4", "bn", method, "over 0.5 points better than", 0.005, low=4096)
+better(
+    "Table 4", "fixup", "zeroinit-nodropout", "comparable (within 0.5 points) to", -0.005, 0.005, high=1024
+)
+better("Table 5", "bn", "fixup", "slightly (at most 1.5 points) better than", 0.0, 0.015, high=1024)
+better("Table 5", "bn", "fixup", "considerably (over 1.5 points) better than", 0.015, low=4096)
+for method in ("bn", "fixup", "zeroinit+bias"):
+    better("Table 5", method, "zeroinit", "significantly (over 1 point) better than", 0.01)
+better("Table 5", "zeroinit+bias", "fixup", "at most 0.5 points below", -0.005, high=1024)
+CLAIMS.sort(key=lambda claim: ([*TARGETS].index(claim.target), claim.place))
+
+# -------------------------------------------------------------------------------------------------- judgement
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What runs say of a claim."""
+
+    claim: Claim
+    verdict: Verdict
+    section: Section | None = None  # whose runs these are
+    ours: str = ""  # the numbers behind it
+    seeds: str = ""  # how many runs are behind each number
+    reason: str = ""  # why it is undecided
+    command: str = ""  # what would decide it
+    elsewhere: dict = field(default_factory=dict)  # the verdict in every section that has one
+
+
+def number(grid, metric, mean, std=None):
+    """A mean with its deviation, as the paper writes it: 94.4 ± 0.1 or 0.189 ± 0.001."""
+    scale, digits = (1, 3) if metric is LOSS else (100, grid.setup.digits)
+    return " ± ".join(f"{scale * value:.{digits}f}" for value in (mean, std) if value is not None)
+
+
+def tell(point, rates=False):
+    """What is said of a point: its number, or its optimal rate."""
+    if not point.best:
+        return "diverged"
+    text = number(point.grid, point.metric, point.best.mean, point.best.std)
+    return (power(point.best.rate) if rates else text) + (" (*edge*)" if point.open else "")
+
+
+def numbers(claim, lines):
+    """The numbers behind a verdict: those of each line, or of the smallest lead."""
+    axis, table = "depth" if TARGETS[claim.target].deep else "B", rows(*lines.values())
+    if claim.leads and table:
+        one, two = min(table, key=lambda row: row[0].score - row[1].score if row[0].best else -math.inf)
+        among = f" (the smallest lead of {len(table)})" if len(table) > 1 else ""
+        return f"{tell(one)} against {tell(two)} at {axis} {one.x}{among}"
+    texts = []
+    for method, line in lines.items():
+        few = sorted({line[0], best_of(line), line[-1]}, key=lambda point: point.x)
+        chosen = few if len(line) > 4 and not claim.rates else line
+        told = [f"{tell(point, claim.rates)} ({axis} {point.x})" for point in chosen]
+        texts.append(f"{name_of(method)} {', '.join(told)}")
+    return "; ".join(texts)
+
+
+def command(section, name, xs=()):
+    """The sweep that makes the runs of a figure or table, with the flags of a section's protocol."""
+    target, config, words = TARGETS[name], section.config, []
+    if config.get("width") != target.width:
+        words.append(f"--width {config['width']}")
+    known = {"CIFAR-100": "--data cifar100", "shapes": "--data shapes"}
+    for option, value in section.differences.items():
+        flag, folder = "--" + option.replace("_", "-"), f'--data folder --data-dir DIR --data-name "{value}"'
+        other = flag if value is True else f"{flag} {value}"
+        words.append(known.get(value, folder) if option == "data" else other)
+    precision = config.get("precision", "float32")
+    words.append(f"--amp {'off' if precision == 'float32' else precision}")
+    axis = "DEPTHS" if target.deep else "BATCHES"
+    grid = f'{axis}="{" ".join(map(str, sorted(xs)))}" ' if xs and name != "table1" else ""
+    return f"{grid}bash sweep.sh {name} {' '.join(words)}"
+
+
+def lacking(section, claim, lines):
+    """What is missing to judge a claim, in words; empty if nothing is."""
+    deep = TARGETS[claim.target].deep
+    axis, reach = (
+        "depth" if deep else "batch size",
+        claim.reach if section.budget or deep else claim.reach / 4,
+    )
+    if absent := [name_of(method) for method, line in lines.items() if not line]:
+        return f"not run: {', '.join(absent)}"
+    if (common := len(rows(*lines.values()))) < claim.least:
+        return f"all methods have {common} {axis}s in common, {claim.least} are needed"
+    if min(line[-1].x for line in lines.values()) < reach:
+        return f"no {axis} of {reach:g} or more"
+    if max(line[0].x for line in lines.values()) > claim.start:
+        return f"no {axis} of {claim.start:g} or less"
+    bests = [point.best for line in lines.values() for point in line if point.best]
+    return "two runs of each point are needed" if any(len(b.kept) < claim.runs for b in bests) else ""
+
+
+def judge(section, claim):
+    """The answer of a section to a claim; None if the claim is not about such runs."""
+    target = TARGETS[claim.target]
+    strict = section.budget or claim.paper  # at the paper's budget only the paper's network counts
+    if (strict and not section.network(target)) or (claim.paper and section.differences):
+        return None
+    if claim.metric not in section.setup.metrics or section.config.get("version") != target.version:
+        return None
+    found, lines, lost = section.lines(target, claim.metric), {}, []
+    for method in claim.methods:
+        inside = [point for point in found.get(method, ()) if claim.low <= point.x <= claim.high]
+        lines[method] = [point for point in inside if point.best or claim.worst]
+        dropped = [str(point.x) for point in inside if point not in lines[method]]
+        lost += [f"{name_of(method)} diverged at every rate at {', '.join(dropped)}"] if dropped else []
+    points = [point for line in lines.values() for point in line]
+    runs = sorted({(point.best.runs, len(point.best.kept)) for point in points if point.best})
+    seeds = " to ".join(dict.fromkeys(f"{best}/{n}" for n, best in runs[:1] + runs[-1:]))
+    ours = [numbers(claim, lines)] if all(lines.values()) else []
+    answer = Answer(claim, UNDECIDED, section, "; ".join(ours + lost), seeds)
+    if reason := lacking(section, claim, lines):
+        xs = {point.x for line in found.values() for point in line} if "run" in reason else ()
+        return replace(answer, reason=reason, command=command(section, claim.target, xs))
+    verdict = claim.test(section, *lines.values())
+    if verdict is not UNDECIDED:
+        return replace(answer, verdict=verdict)
+    edges = [point for point in points if point.open or point.untried]
+    words = [f"{name_of(point.grid.method)} at {point.x}" for point in edges]
+    reason = f"an optimum is on the edge: {', '.join(words)}" if edges else "the range is too small"
+    return replace(
+        answer, reason=reason, command=command(section, claim.target, {point.x for point in edges})
+    )
+
+
+def judge_all(sections):
+    """Every claim's answer, from the section nearest to the paper that decides it."""
+    found = []
+    for claim in CLAIMS:
+        answers = [answer for section in sections if (answer := judge(section, claim))]
+        decided = [answer for answer in answers if answer.verdict is not UNDECIDED]
+        partly = [answer for answer in answers if answer.ours]
+        nothing = Answer(claim, UNDECIDED, reason="not run", command=f"bash sweep.sh {claim.target}")
+        chosen = next(iter([*decided, *partly, *answers]), nothing)
+        found.append(replace(chosen, elsewhere={answer.section: answer.verdict for answer in answers}))
+    return found
+
+
+def judge_speed(folder):
+    """The wall-clock claim, from the records of speed.py in RESULTS/speed; the fastest engine decides."""
+    words = "WRN-16-4 trains roughly 40% faster at B 64 without Batch Normalization (1.3 to 1.7 times)"
+    claim, found = Claim("Section 3", words, ("none", "bn"), None), []
+    for path in sorted(folder.glob("speed/*.json")):
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # not such a record
+            record, speeds = json.loads(path.read_text(encoding="utf-8")), {}
+            for row in record["rows"] if record["model"] == "wrn16-4" else ():
+                how = f"{row['engine']}, {row['precision']}, speed/{path.name}"
+                if row["bs"] == 64:
+                    fastest = speeds.setdefault(how, {"none": 0.0, "bn": 0.0})
+                    fastest[row["method"]] = max(fastest.get(row["method"], 0.0), row["images_per_second"])
+            found += [
+                (fast["none"], fast["bn"], how) for how, fast in speeds.items() if fast["none"] and fast["bn"]
+            ]
+    if not found:
+        return Answer(claim, UNDECIDED, reason="not measured", command="python speed.py")
+    none, bn, how = max(found)
+    ours = f"{none / bn:.2f} times ({none:,.0f} against {bn:,.0f} images/s; {how})"
+    return Answer(claim, decide(0.2 - abs(none / bn - 1.5)), ours=ours)
