@@ -25,8 +25,6 @@ INTERVAL = 1.0  # seconds between looks at the records
 def read_lines() -> dict[str, list[str]]:
     """The command lines on stdin by their targets: {"table1": [...]}."""
     found = {}
-    if sys.stdin.isatty():
-        say("type command lines, then Ctrl-D; usually sweep.sh prints them here")
     for text in filter(str.strip, sys.stdin):
         line, mark, target = text.strip().rpartition(" # ")
         found.setdefault(target if mark else "", []).append(line or target)
