@@ -602,7 +602,7 @@ def epoch_end(epoch: int, images: int, bs: int) -> int:
 
 
 def epoch_batches(data, seed: int, epoch: int, bs: int):
-    """The rows of a 0-based epoch's updates, (updates, bs, columns); the last update reaches into the next."""
+    """The rows of a 0-based epoch's updates, (updates, bs, columns); the last one reaches into the next."""
     images = data.train_images
     start, stop = epoch_end(epoch - 1, images, bs) * bs, epoch_end(epoch, images, bs) * bs
     rows = data.draw(seed, epoch)
