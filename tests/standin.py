@@ -1,8 +1,8 @@
 """Stands in for the Python scripts in tests of sweep.sh: it starts in no time, and a run is a nap.
 
 A command line has --seeds runs. Each adds its name to OUT/begun, sleeps for --nap seconds, and adds it to
-OUT/made; one lock per run divides them between processes. A line whose --init is a key of $ENDS (JSON) begins a run and ends
-with that exit code, or by that signal if it is negative.
+OUT/made; one lock per run divides them between processes. A line whose --init is a key of $ENDS (JSON) begins
+a run and ends with that exit code, or by that signal if it is negative.
 """
 
 import fcntl
