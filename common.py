@@ -795,10 +795,13 @@ class Run:
         return self.config | {"images": self.data.fingerprint, "device": self.device.type}
 
     def state(self) -> dict:
-        """A copy of all that is needed to go on from here in another process."""
+        """A copy, in the host's memory, of all that is needed to go on from here in another process.
+
+        A file's writer works on another stream, which would not wait for copies made on the run's own.
+        """
         return {
             "config": self.identity(),
-            "tensors": [t.detach().clone() for t in self.tensors],
+            "tensors": [t.detach().to("cpu", copy=True) for t in self.tensors],
             "generator": self.generator.get_state(),
             "scaler": self.scaler.state_dict(),
             "place": (self.epoch, self.updates, self.seconds, list(self.history)),
