@@ -355,6 +355,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                     finish(point, key, job, args, together)
                     del jobs[key]
                     more = True
+            job = None  # an ended run's memory is needed for the next one
             stop = any(job.run.stopped for job in jobs.values())
             if stop or due:
                 save(jobs.values())
