@@ -212,7 +212,8 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions
+        torch.backends.cuda.matmul.allow_tf32 = False  # and in products, whatever the environment says
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
