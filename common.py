@@ -664,8 +664,10 @@ class Run:
         self.burst, self.graphs, self.stream = 1, {}, None  # updates per CUDA graph; graphs by that number
         if device.type == "cuda":
             self.burst = max(1, min(32, 512 // self.division.per_rank))
-            self.stream, self.copied = torch.cuda.Stream(device), torch.cuda.Event()
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # the net and the data were made there
+            made_on = torch.cuda.current_stream(device)  # the net and the data, and DistributedDataParallel
+            self.stream = torch.cuda.Stream(device) if self.world == 1 else made_on
+            self.stream.wait_stream(made_on)
+            self.copied = torch.cuda.Event()
             self.seen = torch.zeros_like(self.totals, device="cpu").pin_memory()
 
     def logits(self, model, images, *noise):
@@ -795,10 +797,13 @@ class Run:
         return self.config | {"images": self.data.fingerprint, "device": self.device.type}
 
     def state(self) -> dict:
-        """A copy of all that is needed to go on from here in another process."""
+        """A copy, in the host's memory, of all that is needed to go on from here in another process.
+
+        A file's writer works on another stream, which would not wait for copies made on the run's own.
+        """
         return {
             "config": self.identity(),
-            "tensors": [t.detach().clone() for t in self.tensors],
+            "tensors": [t.detach().to("cpu", copy=True) for t in self.tensors],
             "generator": self.generator.get_state(),
             "scaler": self.scaler.state_dict(),
             "place": (self.epoch, self.updates, self.seconds, list(self.history)),
