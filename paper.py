@@ -144,10 +144,10 @@ def method_of(config):
     """The method of a configuration: `init`, and in words what is not usual for it."""
     setup, init, bs, words = SETUPS[config.get("version")], config["init"], config["bs"], ""
     ghost, dropout, l2, alpha = (config.get(key) for key in ("ghost", "dropout", "wd", "alpha"))
-    usual = {setup.dropout if init in HAS_DROPOUT else 0.0} if init in NAMES else {0.0, setup.dropout}
+    usual = setup.dropout if init in HAS_DROPOUT else 0.0
     if ghost is not None and ghost != min(bs, setup.ghost):
         words += " (whole batch)" if ghost == bs else f", ghost {ghost}"
-    if dropout is not None and dropout not in usual:
+    if dropout is not None and dropout != usual:
         words += f", dropout {dropout:g}"
     if alpha:
         words += f", alpha {alpha:g}"
@@ -191,11 +191,10 @@ class Point:
         if best := self.best:  # else every rate diverged
             self.score, self.std, edge, tied = metric.sign * best.mean, best.std or 0.0, best.edge, best.tied
             self.error = self.std / math.sqrt(len(best.kept))  # of the mean
-            if best.std is None:  # one run: its loss to 1%, its accuracy as the number of test images allows
-                chance = (
-                    math.sqrt(best.mean * (1 - best.mean) / grid.test_images) if metric is ACCURACY else 0
-                )
-                self.error = chance or 0.01 * best.mean
+            if best.std is None and metric is ACCURACY:  # one run: as the number of test images allows
+                self.error = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
+            elif best.std is None:
+                self.error = 0.01 * best.mean
         self.open, self.up, self.down = bool(edge), "highest" in edge, "lowest" in edge
         self.low, self.high = math.log2(tied[0]), math.log2(tied[-1])
         self.untried = not best and max(grid.runs) < min(grid.runs) * 2**EXTEND  # few rates, all diverged

@@ -83,6 +83,9 @@ class Line:
     thin: bool = False  # one of many runs
 
 
+SIZE, DEPTH, RATE, EPOCH = "batch size", "layers", "learning rate", "epoch"  # the x axes
+
+
 @dataclass(frozen=True)
 class Panel:
     """One set of axes; those with the same labels have the same ranges."""
@@ -134,7 +137,7 @@ def figure_panel(section, target, metric, rates, title=""):
     shown = section.shown(target, metric)
     lines = [Line(method, [point_mark(point, rates) for point in line]) for method, line in shown.items()]
     lines += paper_lines(section, target, metric, rates, shown)
-    axis, label = "layers" if target.deep else "batch size", "optimal learning rate"
+    axis, label = DEPTH if target.deep else SIZE, "optimal learning rate"
     return Panel(title, axis, label if rates else label_of(section, metric), lines, None if rates else metric)
 
 
@@ -151,7 +154,7 @@ def rates_panel(section, depth, bs, metric, title):
             cell = PAPER.get((target.table, grid.method, depth, bs))
             if cell and cell.rates and metric is ACCURACY and section.beside(target):
                 lines.append(Line(grid.method, [Mark(2.0 ** cell.rates[0], cell.accuracy)], paper=True))
-    return Panel(title, "learning rate", label_of(section, metric), lines, metric)
+    return Panel(title, RATE, label_of(section, metric), lines, metric)
 
 
 def depth_panels(section):
@@ -180,7 +183,7 @@ def curves_panel(section, depth, bs, metric, title):
         for rate, runs in grid.runs.items():
             shown = [run for run in runs if run["status"] == "diverged" or (best and rate == best.rate)]
             lines += [Line(grid.method, curve(run, metric), thin=True) for run in shown]
-    return Panel(title, "epoch", label_of(section, metric), lines, metric)
+    return Panel(title, EPOCH, label_of(section, metric), lines, metric)
 
 
 # ------------------------------------------------------------------------------------------------------ axes
@@ -240,11 +243,10 @@ def rate_text(rate):
 
 def set_x(axes, label, xs):
     """Scale and ticks of the x axis; batch sizes and depths are plain numbers."""
-    if label == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        return
+    if label is EPOCH:
+        return axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xscale("log", base=2)
-    if label == "learning rate":
+    if label is RATE:
         axes.set_xticks(powers(xs[0], xs[-1]), map(rate_text, powers(xs[0], xs[-1])))
     else:
         shown = xs[:: math.ceil(len(xs) / 7)]
@@ -299,8 +301,7 @@ def draw_line(axes, layer, line, look, shift, lane, metric):
         if mark.best:
             axes.plot(mark.x * shift, mark.y, **bare | {"marker": "o", "ms": 11, "fillstyle": "none"})
     lost = [mark.x * shift for mark in line.marks if mark.y is None]
-    height = LANE * (lane + 0.6)  # each method has a height of its own
-    height = 1 - height if metric is LOSS else height
+    height = abs((metric is LOSS) - LANE * (lane + 0.6))  # at the bad end, each method on a lane of its own
     for marker in (look.marker, "x") if lost else ():
         cross = {"marker": marker, "ms": 6, "fillstyle": "none", "transform": axes.get_xaxis_transform()}
         axes.plot(lost, [height] * len(lost), **bare | cross)
@@ -317,7 +318,7 @@ def draw_panel(axes, panel, panels, methods, looks):
     ys = [y for mark in marks for y in (mark.y - mark.down, mark.y, mark.y + mark.up)]
     set_y(axes, panel.metric, ys, max(map(len, lost)))
     lanes = sorted(lost[alike.index(panel)], key=methods.index)
-    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in ("layers", "batch size") else 0
+    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in (DEPTH, SIZE) else 0
     for layer, line in enumerate(panel.lines, 2):
         # marks at the same place stand side by side
         shift = 2 ** (wide * (methods.index(line.method) - (len(methods) - 1) / 2))
@@ -483,8 +484,7 @@ in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. 
 more rates could overturn is undecided. Tied: the difference is below one standard error (of a
 single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
 deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
-diverged; grey: a part of an axis that is compressed, so that small differences above it can be
-seen."""
+diverged; grey: a part of an axis that is compressed."""
 
 
 def tally(answers):
@@ -558,7 +558,7 @@ def section_parts(section, looks, home, curves):
     for name in ("fig1", "fig2", "fig3", "fig4", "table2", "table3", "table4", "table5", "table1"):
         target = TARGETS[name]
         grids = {point.grid for line in section.shown(target).values() for point in line}
-        if not (grids if name.startswith("fig") else grids - seen):
+        if not (grids - seen if target.table else grids):
             continue
         seen |= grids
         table, panels = markdown(*table_of(section, target)), []
@@ -573,9 +573,10 @@ def section_parts(section, looks, home, curves):
         rows = [row_of(section, grid.depth, grid.bs, grid.method, grid) for grid in rest]
         yield "", f"**Other runs.**\n\n{markdown(*useful(header_of(section), rows))}"
     for metric in section.setup.metrics:
-        for kind, draws in (("rates", rates_panel), ("curves", curves_panel))[: 1 + curves]:
-            skip = deep if kind == "rates" and metric is ACCURACY else set()
-            if rows := small_multiples(section, draws, metric, skip):
+        kinds = {"rates": (rates_panel, deep if metric is ACCURACY else set())}
+        kinds |= {"curves": (curves_panel, set())} if curves else {}
+        for kind, (draws, drawn_before) in kinds.items():
+            if rows := small_multiples(section, draws, metric, drawn_before):
                 yield "", draw(folder, f"{kind}_{metric.key}", section.title, rows, looks)
 
 

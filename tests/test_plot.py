@@ -53,7 +53,7 @@ def wide(methods, sizes, depth=16, **truth):
         ("scalar", 64, {"alpha": 1.0}, "scalar, alpha 1", "+ scalar multiplier, alpha 1"),
         ("none", 64, {"wd": 0.0}, "none without L2", "No Normalization without L2"),
         ("groupnorm", 64, {}, "groupnorm", "groupnorm"),
-        ("groupnorm", 64, {"dropout": 0.6}, "groupnorm", "groupnorm"),
+        ("groupnorm", 64, {"dropout": 0.6}, "groupnorm, dropout 0.6", "groupnorm, dropout 0.6"),
     ],
 )
 def test_methods_and_their_names(init, bs, changes, method, name):
@@ -169,7 +169,7 @@ def panel_of(values, metric, lost=()):
     """A panel with a line for each method: its values, and crosses for the methods in `lost`."""
     marks = {m: [plot.Mark(2.0**k, y) for k, y in enumerate(line)] for m, line in values.items()}
     lines = [plot.Line(m, line + [plot.Mark(16.0)] * (m in lost)) for m, line in marks.items()]
-    return plot.Panel("", "batch size", metric.name, lines, metric)
+    return plot.Panel("", plot.SIZE, metric.name, lines, metric)
 
 
 def test_small_differences_are_visible_beside_a_collapse(drawn):
@@ -207,7 +207,7 @@ def test_panels_with_the_same_labels_can_be_compared(drawn):
         panel_of({"bn": line}, ACCURACY, lost)
         for line, lost in (([80.0], ()), ([20.0, 30.0], ()), ([], "bn"))
     ]
-    panels[2] = plot.Panel("", "batch size", ACCURACY.name, [plot.Line("bn", [plot.Mark(2.0**-3)])], ACCURACY)
+    panels[2] = plot.Panel("", plot.SIZE, ACCURACY.name, [plot.Line("bn", [plot.Mark(2.0**-3)])], ACCURACY)
     high, low, bare, loss = drawn([[*panels, panel_of({"bn": [1.0, 2.0]}, LOSS)]]).axes
     assert high.get_ylim() == low.get_ylim() == bare.get_ylim()
     assert high.get_xlim() == low.get_xlim() == bare.get_xlim() == loss.get_xlim()
@@ -217,7 +217,7 @@ def test_panels_with_the_same_labels_can_be_compared(drawn):
 
 def test_marks_at_edges_are_hollow_and_the_optimum_has_a_ring(drawn):
     marks = [plot.Mark(1, 0.5, edge=True), plot.Mark(2, 0.6, best=True), plot.Mark(4, 0.7)]
-    (axes,) = drawn([[plot.Panel("", "batch size", "loss", [plot.Line("none", marks)], LOSS)]]).axes
+    (axes,) = drawn([[plot.Panel("", plot.SIZE, "loss", [plot.Line("none", marks)], LOSS)]]).axes
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     rings = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in hollow] == [1] and [line.get_xdata()[0] for line in rings] == [2]
