@@ -74,7 +74,7 @@ worker() { # worker N ID: go through all lines, from a place of its own, until e
 run() { # run LINE LOG: sets `code`; the log has the line, then its output and `exit CODE` each time it ran
     if [ -n "$stopped" ] || ! kill -0 $$ 2>/dev/null; then code=75 && return; fi # the sweep, $$, was killed
     eval "words=($1"$'\n)'
-    for i in 3 2 1; do if [[ ${words[i]} == *.py ]]; then words[i]=$here/${words[i]}; fi; done
+    for k in 3 2 1; do if [[ ${words[k]} == *.py ]]; then words[k]=$here/${words[k]}; fi; done
     if [ ! -s "$2" ]; then printf '%s\n' "${1% # *}" >"$2"; fi
     "${words[@]}" </dev/null >>"$2" 2>&1 &
     children=$!
@@ -93,12 +93,12 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     done
     lines $target | python "$here/wrn_cifar.py" --watch $children &
     await $!
-    result=$code
+    end=$code
     kill -TERM $children 2>/dev/null
     for pid in $children; do await $pid; done
-    case $stopped$result in [012]) ;; *) echo "interrupted: the same sweep goes on from here"; return 75 ;; esac
-    if [ $result = 2 ]; then return 2; fi
-    python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $result
+    if [[ $stopped$end != [012] ]]; then echo "interrupted: the same sweep goes on from here" && return 75; fi
+    if [ $end = 2 ]; then return 2; fi
+    python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $end
 }
 submit() { # the workers as a job array
     eval "flags=($slurm)"
