@@ -1,6 +1,7 @@
 """progress.py: what the command lines of a sweep have come to, by made-up records and logs."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -93,7 +94,7 @@ def test_flags_that_only_one_script_takes(capsys):
 
 def test_lines_and_their_targets(monkeypatch):
     text = "a '--x # y' # table1\n\nb # table1\nc # fig1\nd\n"
-    monkeypatch.setattr(sys, "stdin", text.splitlines(keepends=True))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert progress.read_lines() == {"table1": ["a '--x # y'", "b"], "fig1": ["c"], "": ["d"]}
 
 

@@ -290,7 +290,7 @@ def test_a_bad_flag_ends_the_sweep(tmp_path):
 def test_workers_share_the_runs_of_every_line(sandbox):
     done = sweep("demo", "--seeds", 4, "--nap", 0.1, "--jobs", 3, folder=sandbox, INITS="bn none")
     assert done.returncode == 0 and done.stderr == "", done
-    assert done.stdout == "plot.py demo --table demo\n"
+    assert done.stdout == "plot.py demo --table demo\nplot.py demo\n"
     made = noted(sandbox / "demo" / "made")
     assert sorted(made) == sorted(
         f"{i}-16-{d}-{s}" for i in ("bn", "none") for d in (16, 100) for s in range(4)
