@@ -78,9 +78,12 @@ def exit_code(main) -> int:
     try:
         code = main() or 0
     except UserError as error:
-        if isinstance(error, OwnError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        its_own = isinstance(error, OwnError)
+        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             complain(str(error))
-        return 2
+        if its_own:
+            return 2
+        code = 2
     except OSError as error:
         where = f"{error.filename or 'the disk'}: {error.strerror}"
         if error.errno in WRONG_PATH:
