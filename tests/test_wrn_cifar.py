@@ -438,11 +438,11 @@ def test_save_weights_on_a_run_that_is_done_says_what_would_help(tmp_path, capsy
 # ------------------------------------------------------------------------------------------- a new method
 
 
-GROUP_NORM = {  # the three lines that README.md names
-    "    fixup: bool = False  # ": "    group_norm: bool = False  # over groups of eight channels\n",
+GROUP_NORM = {  # what README.md says to add, and before which text
+    "    fixup: bool = False  # ": "    group_norm: bool = False  # eight groups of channels\n",
     '    "none": Method(),\n': '    "gn": Method(group_norm=True),\n',
     "    return GhostBatchNorm2d(channels, ghost) if": (
-        "    if method.group_norm:\n        return nn.GroupNorm(channels // 8, channels)\n"
+        "    if method.group_norm:\n        return nn.GroupNorm(8, channels)\n"
     ),
 }
 
