@@ -61,7 +61,7 @@ def operations(run):
 @pytest.mark.parametrize("init, float32", [("bn", 126), ("none", 97), ("zeroinit", 131)])
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 def test_an_update_is_few_operations_and_never_read_by_the_host(init, float32, precision):
-    run = make_run(f"--init {init} --bs 8 --epochs 1", precision, tiny_data())
+    run = make_run(f"--init {init} --bs 2 --epochs 1", precision, tiny_data())
     names = operations(run)
     assert names["convolution"] == names["convolution_backward"] == 16 and names["_fused_sgd_"] >= 1
     layers = [m for m in run.net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
@@ -78,9 +78,9 @@ def test_an_update_is_few_operations_and_never_read_by_the_host(init, float32, p
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_each_weight_is_cast_once_however_many_passes(passes):
-    names = operations(make_run("--init none --bs 8", "bf16", micro=8 // passes))
+    names = operations(make_run("--width 1 --init none --bs 8", "bf16", micro=8 // passes))
     # The weights; then in each pass their gradients, the images, the logits and the gradient of the logits.
-    assert names["_to_copy"] == 17 + passes * (17 + 3)
+    assert names["_to_copy"] == 16 + passes * (16 + 3)
 
 
 def test_ghost_batches_are_one_pass_each_on_a_cpu():

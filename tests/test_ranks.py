@@ -13,6 +13,7 @@ import scripts
 import torch
 import torch.nn.functional as F
 from scripts import make_folder
+from test_engine import make_run
 from test_training import running_statistics, tiny_data, tiny_run
 
 import common
@@ -59,6 +60,15 @@ def train_some(case):
     return [p.detach() for p in run.net.parameters()], running_statistics(run.net), history
 
 
+def train_low(precision):
+    """An update in low precision, in passes of two images; the parameters."""
+    run = make_run("--depth 10 --width 1 --init zeroinit --bs 8 --lr 2^-4", precision, micro=2)
+    for parameter in run.net.parameters():
+        parameter.data += 0.5 * (parameter.ndim == 0)
+    next(common.train(run, 1))
+    return [p.detach() for p in run.net.parameters()]
+
+
 def train_resnet(case):
     """An update of ResNet-50 in float64: the steps of all parameters, and the tally of the losses.
 
@@ -87,7 +97,11 @@ def statistics_of_updates(case):
 
     The latter, (15, ghost batches, values), are found where this is the only rank.
     """
-    run = tiny_run(f"--init bn --bs 16 --ghost {STATISTICS[case]}", tiny_data(96), micro=16)
+    run = tiny_run(
+        f"--init bn --bs 16 --ghost {STATISTICS[case]}",
+        tiny_data(96),
+        micro=16 if common.ranks()[1] == 1 else 0,
+    )
     norms = [m for m in run.net.modules() if isinstance(m, GhostBatchNorm2d)]
     own = []
 
@@ -186,17 +200,16 @@ KERNELS = (
 
 
 def with_other_images(out, rank):
-    """How wrn_cifar.py ends on this rank, which reads a folder of its own, and what it says.
+    """How wrn_cifar.py ends on this rank, what it says, and whether it is still joined to the others.
 
-    There are two ranks on each machine.
+    Each rank reads a folder of its own; there are two ranks on each machine.
     """
-    flags = (
-        f"--data folder --data-dir {out}/{rank}/images --init none --bs 4 --device cpu --out {out}/results"
-    )
+    folder = f"{out}/{rank}/images"
+    flags = f"--data folder --data-dir {folder} --init none --bs 4 --device cpu --out {out}/results"
     os.environ["LOCAL_RANK"] = str(rank % 2)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = scripts.run(wrn_cifar, flags)
-    return code, said.getvalue()
+    return code, said.getvalue(), torch.distributed.is_initialized()
 
 
 def rank(number, world, port, out):
@@ -208,6 +221,7 @@ def rank(number, world, port, out):
     for kernel in KERNELS:
         setattr(torch, kernel.__name__, kernel)
     found = {case: train_some(case) for case in CASES}
+    found |= {precision: train_low(precision) for precision in ("bf16", "fp16")}
     found["statistics"] = {case: statistics_of_updates(case)[0] for case in STATISTICS}
     found["norms"] = {size: normalize_over_ranks(size) for size in (2, 4) if size <= world}
     if world == 2:
@@ -270,6 +284,17 @@ def test_all_ranks_hold_the_same_bits(world, found):
         for theirs in (results[case] for results in others):
             assert all(map(torch.equal, first[case][0] + first[case][1], theirs[0] + theirs[1]))
             assert first[case][2] == theirs[2]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_ranks_make_the_update_of_one_process_in_low_precision(precision, world, found):
+    """The passes are the same; their gradients are summed in float32, in another order."""
+    reference = alone(train_low, precision)
+    for ours in (results[precision] for results in found[world]):
+        assert all(map(torch.equal, ours, found[world][0][precision]))
+        for mine, theirs in zip(ours, reference, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", RESNETS)
@@ -362,7 +387,7 @@ def test_ranks_that_read_different_images_do_not_start(found):
     """All end with the code for bad data, and the first of each machine says why, in one line."""
     line = "error: ranks 0 and 2 read different images: give all ranks the same files\n"
     ends = [results["other images"] for results in found[4]]
-    assert ends == [(2, line), (2, ""), (2, line), (2, "")]
+    assert ends == [(2, line, False), (2, "", False), (2, line, False), (2, "", False)]
 
 
 @pytest.mark.parametrize("local_rank", ["0", "1"])
