@@ -6,10 +6,11 @@ rates that were not tried could change it.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
-import re
+import shlex
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -109,7 +110,8 @@ class Claim:
     reach: int = 1  # and one this large; of batch sizes a quarter, where the budget is not the paper's
     start: float = math.inf  # and one this small
     runs: int = 1  # so many runs of each point are needed
-    rates: bool = False  # about optimal rates
+    rates: bool = False  # about optimal rates, which are told in place of what they reach
+    both: bool = False  # both are told
     worst: bool = False  # a point that diverged at every rate is the worst; in other claims it drops out
     paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
     leads: bool = False  # the smallest lead is told in place of all numbers
@@ -117,11 +119,21 @@ class Claim:
     @property
     def target(self):
         """The name of the figure or table whose runs decide it."""
-        other = {"Section 2": "table2", "Section 6": "fig2"}
-        return other.get(self.place) or re.sub(r"\W", "", self.place.lower()).rstrip("ab")
+        return next(name for name, places in DECIDED_BY.items() if self.place in places)
 
 
 CLAIMS = []
+DECIDED_BY = {  # figure or table: the places of the statements that its runs decide
+    "fig1": ("Fig. 1a", "Fig. 1b"),
+    "fig2": ("Fig. 2a", "Fig. 2b", "Section 6"),
+    "fig3": ("Fig. 3a", "Fig. 3b"),
+    "fig4": ("Fig. 4a", "Fig. 4b"),
+    "table1": ("Table 1",),
+    "table2": ("Section 2", "Table 2"),
+    "table3": ("Table 3",),
+    "table4": ("Table 4",),
+    "table5": ("Table 5",),
+}
 
 
 def claim(place, *methods, **options):
@@ -146,31 +158,33 @@ def better(place, first, second, words="better than", least=0.0, most=math.inf, 
     A negative `least` is a distance that the first may be behind.
     """
 
-    def test(section, *lines):
+    def leads(section, *lines):
         found = []
         for one, two in rows(*lines):
             found.append(not_behind(one, two, -least) if least < 0 else compare(one, two, least))
             found += [not_behind(two, one, most)] if most < math.inf else []
         return every(found)
 
-    metric, low, high = (options.get(key) for key in ("metric", "low", "high"))
-    where = f" for B ≥ {low}" if low else f" for B ≤ {high}" if high else ""
-    accuracy = SETUPS[TARGETS.get(place.lower().replace(" ", ""), TARGETS["fig1"]).version].accuracy
-    name = metric.name if metric else accuracy
+    claim = Claim(place, "", (first, second), leads, worst=True, leads=True, **options)
+    accuracy = SETUPS[TARGETS[claim.target].version].accuracy
+    low, high = claim.low, claim.high
+    where = f" for B ≥ {low}" if low > 1 else f" for B ≤ {high}" if high < math.inf else ""
+    name = accuracy if claim.metric is ACCURACY else claim.metric.name
     statement = f"{NAMES[first]} is {words} {NAMES[second]} in {name}{where}"
-    CLAIMS.append(Claim(place, statement, (first, second), test, worst=True, leads=True, **options))
+    CLAIMS.append(replace(claim, statement=statement))
 
 
 def reaches(place, statement, methods, floor, **options):
     """Add the claim that methods reach an accuracy with the paper's data, network and budget."""
 
-    def test(section, *lines):
+    def reach(section, *lines):
         points = [point for line in lines for point in line]
         return every(decide(p.score - floor, p.error, p.open or p.untried) for p in points)
 
-    CLAIMS.append(Claim(place, statement, methods, test, worst=True, paper=True, **options))
+    CLAIMS.append(Claim(place, statement, methods, reach, worst=True, paper=True, **options))
 
 
+OTHERS = ("none", "biases", "dropout", "biases+dropout", "zeroinit")
 THREE, THREE_WHOLE = ("bn", "none", "zeroinit"), (WHOLE, "none", "zeroinit")
 better("Fig. 1a", "bn", "none")
 
@@ -182,32 +196,35 @@ def higher_after_tuning(section, bn, none):
     return decide(best_of(bn).score - best_of(none).score - 0.01, best_of(none).error, rise, fall)
 
 
+def median(line):
+    return sorted(line, key=lambda point: point.score)[len(line) // 2]
+
+
 @claim("Fig. 1a", *THREE, least=2, runs=2, high=64)
 @claim("Fig. 3a", "zeroinit", least=3, runs=2, high=256)
 def independent_of_batch_size(section, *lines):
-    """The accuracy does not depend on B for B ≤ {high}: {names} (one deviation bars overlap with the
-    median's)."""
-    middles = [sorted(line, key=lambda point: point.score)[len(line) // 2] for line in lines]
-    return every(overlap(point, at) for line, at in zip(lines, middles, strict=True) for point in line)
+    """The accuracy does not depend on B for B ≤ {high}: {names} (deviation bars overlap the median's)."""
+    return every(overlap(point, median(line)) for line in lines for point in line)
 
 
 @claim("Fig. 1a", *THREE, least=3, reach=4096)
 def falls_at_large_sizes(section, *lines):
-    """The accuracy falls when B is large (the largest B is below the best)."""
-    return every(compare(best_of(line[:-1]), line[-1]) for line in lines)
+    """The accuracy falls when B is large (at the largest it is over one deviation below the median)."""
+    ends = [(median(line[:-1]), line[-1]) for line in lines]
+    return every(compare(middle, end, max(middle.std, end.std)) for middle, end in ends)
 
 
 @claim("Fig. 3a", WHOLE, least=3, start=8, reach=64)
 def falls_at_small_sizes(section, bn):
-    """Batch Normalization drops when B is small (the smallest B, 8 or less, is below the best)."""
-    return compare(best_of(bn[1:]), bn[0])
+    """Batch Normalization drops when B is small (at the smallest over one deviation below the median)."""
+    middle = median(bn[1:])
+    return compare(middle, bn[0], max(middle.std, bn[0].std))
 
 
 @claim("Fig. 1a", "none", "bn", least=3, reach=1024)
 @claim("Fig. 1a", "zeroinit", "bn", least=3, reach=1024)
 def efficient_sizes(section, *lines):
-    """The largest efficient B (within a point of the best) is at least 8 times smaller for {0} than for
-    {1}."""
+    """The largest efficient B (within a point of the best) is at least 8 times smaller for {0} than {1}."""
     bounds = []
     for line in lines:
         size = max(point.x for point in line if point.score >= best_of(line).score - 0.01)
@@ -229,8 +246,7 @@ def recovers_most(section, *lines):
 
 @claim("Fig. 1a", "zeroinit", "bn", high=256, runs=2)
 def competitive(section, *lines):
-    """ZeroInit is competitive with Batch Normalization for B ≤ 256 (one deviation bars overlap, or it
-    leads)."""
+    """ZeroInit is competitive with Batch Normalization for B ≤ 256 (deviation bars overlap, or it leads)."""
     return every(not_behind(zeroinit, bn, zeroinit.std + bn.std) for zeroinit, bn in rows(*lines))
 
 
@@ -243,8 +259,7 @@ better("Fig. 1b", "bn", "zeroinit", metric=LOSS)
 @claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, reach=1024)
 @claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, reach=1024)
 def loss_degrades(section, *lines):
-    """From the smallest to the largest B the training loss of {0} grows by a greater factor than that of
-    {1}."""
+    """The training loss of {0} grows by a greater factor from the smallest to the largest B than {1}'s."""
     (more, less), *_, (more_end, less_end) = rows(*lines)
     lead = math.log(more_end.score / more.score) - math.log(less_end.score / less.score)
     error = max(point.error / -point.score for point in (more, less, more_end, less_end))
@@ -253,8 +268,7 @@ def loss_degrades(section, *lines):
 
 @claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64)
 def similar_losses(section, *lines):
-    """Without normalization the training loss is similar with and without ZeroInit (within 20% for B ≤
-    64)."""
+    """Losses without normalization are similar with and without ZeroInit (within 20% for B ≤ 64)."""
     pairs = rows(*lines) + rows(*lines[::-1])
     return every(not_behind(one, two, -0.2 * two.score) for one, two in pairs)
 
@@ -264,8 +278,7 @@ def similar_losses(section, *lines):
 @claim("Fig. 4a", *THREE_WHOLE, least=2, rates=True)
 @claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, least=2, rates=True)
 def proportional(section, *lines):
-    """The optimal rate is proportional to B when B is small (over a factor of 4 it grows as B^0.5 to
-    B^1.5)."""
+    """The optimal rate is proportional to B when B is small (over a factor of 4, as B^0.5 to B^1.5)."""
     ends = [(points[0], points[-1], math.log2(points[-1].x / points[0].x)) for points in map(small, lines)]
     return every(grows(start, end, 0.5 * span, 1.5 * span) for start, end, span in ends)
 
@@ -301,39 +314,35 @@ def saturation_rates(section, *lines):
 @claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, rates=True)
 @claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, rates=True)
 def larger_rates(section, *lines):
-    """At the largest B the optimal rate is larger with ZeroInit than without, and largest with
-    normalization."""
+    """At the largest B the optimal rate is larger with ZeroInit than without, largest with normalization."""
     bn, zeroinit, none = rows(*lines)[-1]
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
 
 
-@claim("Fig. 2a", "bn", "none", high=32)
-@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32)
+@claim("Fig. 2a", "bn", "none", high=32, both=True)
+@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32, both=True)
 def rate_is_not_the_reason(section, *lines):
-    """Larger rates are not why normalization is better at small B (B ≤ 32: it is, at rates within a factor
-    4)."""
+    """Larger rates are not why normalization is better at small B (B ≤ 32: better within a factor 4)."""
     pairs = rows(*lines)
     return every(verdict for bn, none in pairs for verdict in (compare(bn, none), grows(none, bn, -2, 2)))
 
 
 @claim("Section 6", "bn", least=3, reach=1024, runs=2)
 def small_rates_suffice(section, bn):
-    """Batch Normalization is as accurate at the smallest B as at its largest optimal rate, 8 times that or
-    more."""
+    """Batch Normalization is as accurate at the smallest B as at its largest rate (8 times or more)."""
     top = max(bn, key=lambda point: point.low)
     return every([not_behind(bn[0], top, bn[0].std + top.std), grows(bn[0], top, low=3)])
 
 
 def keeps(section, point, shallow):
-    """Whether a network trains as well as a shallow one: the lead compared depends on the budget."""
+    """Whether a network trains as well as a shallow one; what is compared depends on the budget."""
     floor = shallow.score - 0.02 if section.budget else 0.8 * shallow.score
     return decide(point.score - floor + TINY, 0, point.open or point.untried, shallow.open)
 
 
 @claim("Section 2", "none", "bn", least=2, reach=40, worst=True)
 def plain_fails_at_depth(section, none, bn):
-    """Batch Normalization trains the deepest network and the plain network does not (trains: as in Table
-    2)."""
+    """Batch Normalization trains the deepest network, the plain network fails (trains: as in Table 2)."""
     plain = keeps(section, none[-1], none[0])
     fails = {HOLDS: FAILS, FAILS: HOLDS}.get(plain, plain)
     return every([fails, keeps(section, bn[-1], bn[0])])
@@ -362,9 +371,7 @@ reaches("Table 1", "A scalar multiplier is sufficient for an accuracy of 94% (ro
 reaches("Table 1", "ZeroInit further increases it to 94.4% (94.2% or more)", ("zeroinit",), 0.942)
 
 
-@claim(
-    "Table 1", "scalar", "none", "biases", "dropout", "biases+dropout", "zeroinit", metric=LOSS, worst=True
-)
+@claim("Table 1", "scalar", *OTHERS, metric=LOSS, worst=True)
 def scalar_has_lowest_loss(section, *lines):
     """The scalar multiplier alone achieves the lowest training loss."""
     return every(compare(scalar, other) for scalar, *others in rows(*lines) for other in others)
@@ -381,9 +388,7 @@ better("Fig. 3b", WHOLE, "zeroinit", metric=LOSS)
 for method in ("fixup", "zeroinit"):
     better("Table 4", method, "bn", "competitive (at most 0.5 points below) with", -0.005, high=1024)
     better("Table 4", "bn", method, "over 0.5 points better than", 0.005, low=4096)
-better(
-    "Table 4", "fixup", "zeroinit-nodropout", "comparable (within 0.5 points) to", -0.005, 0.005, high=1024
-)
+better("Table 4", "fixup", "zeroinit-nodropout", "comparable (0.5 points) to", -0.005, 0.005, high=1024)
 better("Table 5", "bn", "fixup", "slightly (at most 1.5 points) better than", 0.0, 0.015, high=1024)
 better("Table 5", "bn", "fixup", "considerably (over 1.5 points) better than", 0.015, low=4096)
 for method in ("bn", "fixup", "zeroinit+bias"):
@@ -414,27 +419,33 @@ def number(grid, metric, mean, std=None):
     return " ± ".join(f"{scale * value:.{digits}f}" for value in (mean, std) if value is not None)
 
 
-def tell(point, rates=False):
+def tell(point, rates=False, both=False):
     """What is said of a point: its number, or its optimal rate."""
     if not point.best:
         return "diverged"
-    text = number(point.grid, point.metric, point.best.mean, point.best.std)
-    return (power(point.best.rate) if rates else text) + (" (*edge*)" if point.open else "")
+    text, rate = number(point.grid, point.metric, point.best.mean, point.best.std), power(point.best.rate)
+    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if point.open else "")
+
+
+def places(claim, points):
+    """Where points are: B 16, 64 or 16, 100 layers."""
+    xs = ", ".join(str(point.x) for point in points)
+    return f"{xs} layers" if TARGETS[claim.target].deep else f"B {xs}"
 
 
 def numbers(claim, lines):
     """The numbers behind a verdict: those of each line, or of the smallest lead."""
-    axis, table = "depth" if TARGETS[claim.target].deep else "B", rows(*lines.values())
+    table = rows(*lines.values())
     if claim.leads and table:
         one, two = min(table, key=lambda row: row[0].score - row[1].score if row[0].best else -math.inf)
         among = f" (the smallest lead of {len(table)})" if len(table) > 1 else ""
-        return f"{tell(one)} against {tell(two)} at {axis} {one.x}{among}"
+        return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
     for method, line in lines.items():
         few = sorted({line[0], best_of(line), line[-1]}, key=lambda point: point.x)
         chosen = few if len(line) > 4 and not claim.rates else line
-        told = [f"{tell(point, claim.rates)} ({axis} {point.x})" for point in chosen]
-        texts.append(f"{name_of(method)} {', '.join(told)}")
+        told = ", ".join(tell(point, claim.rates, claim.both) for point in chosen)
+        texts.append(f"{name_of(method)} {told} ({places(claim, chosen)})")
     return "; ".join(texts)
 
 
@@ -443,35 +454,32 @@ def command(section, name, xs=()):
     target, config, words = TARGETS[name], section.config, []
     if config.get("width") != target.width:
         words.append(f"--width {config['width']}")
-    known = {"CIFAR-100": "--data cifar100", "shapes": "--data shapes"}
+    named = {"CIFAR-100": "--data cifar100", "shapes": "--data shapes"}
     for option, value in section.differences.items():
-        flag, folder = "--" + option.replace("_", "-"), f'--data folder --data-dir DIR --data-name "{value}"'
-        other = flag if value is True else f"{flag} {value}"
-        words.append(known.get(value, folder) if option == "data" else other)
+        flag = f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+        folder = f"--data folder --data-dir DIR --data-name {shlex.quote(str(value))}"
+        words.append(named.get(value, folder) if option == "data" else flag)
     precision = config.get("precision", "float32")
     words.append(f"--amp {'off' if precision == 'float32' else precision}")
-    axis = "DEPTHS" if target.deep else "BATCHES"
-    grid = f'{axis}="{" ".join(map(str, sorted(xs)))}" ' if xs and name != "table1" else ""
+    sizes = " ".join(map(str, sorted(xs)))
+    grid = f'{"DEPTHS" if target.deep else "BATCHES"}="{sizes}" ' if xs else ""
     return f"{grid}bash sweep.sh {name} {' '.join(words)}"
 
 
 def lacking(section, claim, lines):
-    """What is missing to judge a claim, in words; empty if nothing is."""
-    deep = TARGETS[claim.target].deep
-    axis, reach = (
-        "depth" if deep else "batch size",
-        claim.reach if section.budget or deep else claim.reach / 4,
-    )
+    """What is missing to judge a claim, in words, and whether at the batch sizes or depths run so far."""
+    deep, reach = TARGETS[claim.target].deep, claim.reach
+    axis, reach = "depth" if deep else "batch size", reach if section.budget or deep else reach / 4
     if absent := [name_of(method) for method, line in lines.items() if not line]:
-        return f"not run: {', '.join(absent)}"
+        return f"not run: {', '.join(absent)}", True
     if (common := len(rows(*lines.values()))) < claim.least:
-        return f"all methods have {common} {axis}s in common, {claim.least} are needed"
+        return f"all methods have {common} {axis}s in common, {claim.least} are needed", False
     if min(line[-1].x for line in lines.values()) < reach:
-        return f"no {axis} of {reach:g} or more"
+        return f"no {axis} of {reach:g} or more", False
     if max(line[0].x for line in lines.values()) > claim.start:
-        return f"no {axis} of {claim.start:g} or less"
+        return f"no {axis} of {claim.start:g} or less", False
     bests = [point.best for line in lines.values() for point in line if point.best]
-    return "two runs of each point are needed" if any(len(b.kept) < claim.runs for b in bests) else ""
+    return ("two runs of each point are needed" if any(len(b.kept) < claim.runs for b in bests) else ""), True
 
 
 def judge(section, claim):
@@ -482,29 +490,30 @@ def judge(section, claim):
         return None
     if claim.metric not in section.setup.metrics or section.config.get("version") != target.version:
         return None
-    found, lines, lost = section.lines(target, claim.metric), {}, []
+    found, lines, lost = section.lines(target, claim.metric) if section.shown(target) else {}, {}, []
     for method in claim.methods:
         inside = [point for point in found.get(method, ()) if claim.low <= point.x <= claim.high]
         lines[method] = [point for point in inside if point.best or claim.worst]
-        dropped = [str(point.x) for point in inside if point not in lines[method]]
-        lost += [f"{name_of(method)} diverged at every rate at {', '.join(dropped)}"] if dropped else []
+        dropped = [point for point in inside if point not in lines[method]]
+        lost += [f"{name_of(method)} diverged at every rate at {places(claim, dropped)}"] if dropped else []
     points = [point for line in lines.values() for point in line]
     runs = sorted({(point.best.runs, len(point.best.kept)) for point in points if point.best})
-    seeds = " to ".join(dict.fromkeys(f"{best}/{n}" for n, best in runs[:1] + runs[-1:]))
+    seeds = " to ".join(dict.fromkeys(f"{best} of {n}" for n, best in runs[:1] + runs[-1:]))
     ours = [numbers(claim, lines)] if all(lines.values()) else []
     answer = Answer(claim, UNDECIDED, section, "; ".join(ours + lost), seeds)
-    if reason := lacking(section, claim, lines):
-        xs = {point.x for line in found.values() for point in line} if "run" in reason else ()
-        return replace(answer, reason=reason, command=command(section, claim.target, xs))
+    reason, here = lacking(section, claim, lines)
+    sweep = functools.partial(command, section, claim.target)
+    if reason:
+        xs = {point.x for line in found.values() for point in line if claim.low <= point.x <= claim.high}
+        return replace(answer, reason=reason, command=sweep(xs if here and target.least > 1 else ()))
     verdict = claim.test(section, *lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
     edges = [point for point in points if point.open or point.untried]
-    words = [f"{name_of(point.grid.method)} at {point.x}" for point in edges]
+    words = [f"{name_of(point.grid.method)} at {places(claim, [point])}" for point in edges]
     reason = f"an optimum is on the edge: {', '.join(words)}" if edges else "the range is too small"
-    return replace(
-        answer, reason=reason, command=command(section, claim.target, {point.x for point in edges})
-    )
+    xs = {point.x for point in edges} if target.least > 1 else ()  # one batch size, or the paper's three
+    return replace(answer, reason=reason, command=sweep(xs))
 
 
 def judge_all(sections):
@@ -523,20 +532,16 @@ def judge_all(sections):
 def judge_speed(folder):
     """The wall-clock claim, from the records of speed.py in RESULTS/speed; the fastest engine decides."""
     words = "WRN-16-4 trains roughly 40% faster at B 64 without Batch Normalization (1.3 to 1.7 times)"
-    claim, found = Claim("Section 3", words, ("none", "bn"), None), []
+    claim, speeds = Claim("Section 3", words, ("none", "bn"), None), {}
     for path in sorted(folder.glob("speed/*.json")):
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError
-        ):  # not such a record
-            record, speeds = json.loads(path.read_text(encoding="utf-8")), {}
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not such a record
+            record = json.loads(path.read_text(encoding="utf-8"))
             for row in record["rows"] if record["model"] == "wrn16-4" else ():
                 how = f"{row['engine']}, {row['precision']}, speed/{path.name}"
                 if row["bs"] == 64:
                     fastest = speeds.setdefault(how, {"none": 0.0, "bn": 0.0})
                     fastest[row["method"]] = max(fastest.get(row["method"], 0.0), row["images_per_second"])
-            found += [
-                (fast["none"], fast["bn"], how) for how, fast in speeds.items() if fast["none"] and fast["bn"]
-            ]
+    found = [(fast["none"], fast["bn"], how) for how, fast in speeds.items() if fast["none"] and fast["bn"]]
     if not found:
         return Answer(claim, UNDECIDED, reason="not measured", command="python speed.py")
     none, bn, how = max(found)

@@ -89,7 +89,8 @@ class Target:
     deep: bool = False  # compares depths in place of batch sizes
     version: str | None = None  # of ResNet-50
     least: int = 2  # so many batch sizes or depths make it worth showing, and another method part of it
-    barred: tuple = ()  # methods that another table shows
+    more: bool = True  # whether other methods are shown
+    barred: tuple = ()  # those that are not, because another table has them
 
 
 METHODS = {n: tuple(method for table, method in CELLS if table == n) for n in PLACES}
@@ -104,7 +105,7 @@ TARGETS = {
     "table1": Target("Table 1", "The components of ZeroInit", METHODS[1], table=1, least=1),
     "table2": Target("Table 2", "The effect of depth", METHODS[2], table=2, barred=METHODS[3], **DEEP),
     "table3": Target(
-        "Table 3", "ZeroInit without L2; its scalar alone", METHODS[3], table=3, barred=(), **DEEP
+        "Table 3", "ZeroInit without L2; its scalar alone", METHODS[3], table=3, more=False, **DEEP
     ),
     "table4": Target("Table 4", "ResNet-50-V2", METHODS[4], None, table=4, version="v2", least=1),
     "table5": Target("Table 5", "ResNet-50-V1", METHODS[5], None, table=5, version="v1", least=1),
@@ -143,10 +144,10 @@ def method_of(config):
     """The method of a configuration: `init`, and in words what is not usual for it."""
     setup, init, bs, words = SETUPS[config.get("version")], config["init"], config["bs"], ""
     ghost, dropout, l2, alpha = (config.get(key) for key in ("ghost", "dropout", "wd", "alpha"))
-    usual = {setup.dropout if init in HAS_DROPOUT else 0.0} if init in NAMES else {0.0, setup.dropout}
+    usual = setup.dropout if init in HAS_DROPOUT else 0.0
     if ghost is not None and ghost != min(bs, setup.ghost):
         words += " (whole batch)" if ghost == bs else f", ghost {ghost}"
-    if dropout is not None and dropout not in usual:
+    if dropout is not None and dropout != usual:
         words += f", dropout {dropout:g}"
     if alpha:
         words += f", alpha {alpha:g}"
@@ -190,11 +191,10 @@ class Point:
         if best := self.best:  # else every rate diverged
             self.score, self.std, edge, tied = metric.sign * best.mean, best.std or 0.0, best.edge, best.tied
             self.error = self.std / math.sqrt(len(best.kept))  # of the mean
-            if best.std is None:  # one run: its loss to 1%, its accuracy as the number of test images allows
-                chance = (
-                    math.sqrt(best.mean * (1 - best.mean) / grid.test_images) if metric is ACCURACY else 0
-                )
-                self.error = chance or 0.01 * best.mean
+            if best.std is None and metric is ACCURACY:  # one run: as the number of test images allows
+                self.error = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
+            elif best.std is None:
+                self.error = 0.01 * best.mean
         self.open, self.up, self.down = bool(edge), "highest" in edge, "lowest" in edge
         self.low, self.high = math.log2(tied[0]), math.log2(tied[-1])
         self.untried = not best and max(grid.runs) < min(grid.runs) * 2**EXTEND  # few rates, all diverged
@@ -245,7 +245,7 @@ class Section:
     def shown(self, target, metric=ACCURACY):
         """The lines of a figure or table that are shown, the paper's methods first; empty if not run."""
         lines, barred = self.lines(target, metric), target.methods + target.barred
-        others = [m for m in lines if m not in barred and len(lines[m]) >= target.least]
+        others = [m for m in lines if m not in barred and len(lines[m]) >= target.least and target.more]
         chosen = {m: lines[m] for m in (*target.methods, *others) if m in lines}
         xs = {point.x for line in chosen.values() for point in line}
         return chosen if len(xs) >= target.least or (self.beside(target) and target.table) else {}
@@ -259,7 +259,8 @@ def title_of(config):
     extra = [key for key in sorted(config.keys() - told) if config[key] != setup.protocol.get(key)]
     options = [f"{key.replace('_', ' ')} {config[key]}" for key in extra]
     options += [precision] if precision != "float32" else []
-    return ", ".join([config["data"], network, f"{config['epochs']} epochs", *options])
+    epochs = f"{config['epochs']} epoch{'s' if config['epochs'] > 1 else ''}"
+    return ", ".join([config["data"], network, epochs, *options])
 
 
 def make_sections(records):

@@ -7,12 +7,13 @@
 Which runs belong to a figure or table is in paper.py, the statements and their verdicts in claims.py.
 """
 
-import argparse
 import csv
 import io
+import itertools
 import math
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,16 +51,14 @@ LOOKS = {
     "fixup": Look("#7fa93c", "p", (0, (5, 5))),
 }
 SPARE_COLORS = ("#c2185b", "#00838f", "#6d4c41", "#3949ab", "#9e9d24", "#ef6c00", "#546e7a")
-SPARE_MARKERS = ("*", "8", "H", "d", "X")
+SPARE_MARKERS = ("*", "8", "H", "d", "X")  # for all other methods
 
 
 def looks_of(sections):
     """A look for every method; those that LOOKS does not name get one in the order of their names."""
     unknown = sorted({grid.method for section in sections for grid in section.grids} - LOOKS.keys())
-    spare = [
-        Look(SPARE_COLORS[n % 7], SPARE_MARKERS[n % 5], (0, (2 + n % 3, 1))) for n in range(len(unknown))
-    ]
-    return LOOKS | dict(zip(unknown, spare, strict=True))
+    spare = zip(unknown, itertools.cycle(SPARE_COLORS), itertools.cycle(SPARE_MARKERS), strict=False)
+    return LOOKS | {method: Look(color, marker, (0, (2, 1))) for method, color, marker in spare}
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,12 @@ class Line:
     thin: bool = False  # one of many runs
 
 
+SIZE, DEPTH, RATE, EPOCH = "batch size", "layers", "learning rate", "epoch"  # the x axes
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; those with the same label have the same range."""
+    """One set of axes; those with the same labels have the same ranges."""
 
     title: str
     xlabel: str
@@ -135,7 +137,7 @@ def figure_panel(section, target, metric, rates, title=""):
     shown = section.shown(target, metric)
     lines = [Line(method, [point_mark(point, rates) for point in line]) for method, line in shown.items()]
     lines += paper_lines(section, target, metric, rates, shown)
-    axis, label = "layers" if target.deep else "batch size", "optimal learning rate"
+    axis, label = DEPTH if target.deep else SIZE, "optimal learning rate"
     return Panel(title, axis, label if rates else label_of(section, metric), lines, None if rates else metric)
 
 
@@ -148,11 +150,11 @@ def rates_panel(section, depth, bs, metric, title):
             stat = statistic([run["final"] for run in runs], metric)
             marks.append(value_mark(rate, metric, stat, best=bool(best) and best.rate == rate))
         lines.append(Line(grid.method, marks))
-        for name, target in TARGETS.items() if metric is ACCURACY and grid.setup.metrics[-1] is LOSS else ():
-            cell = PAPER.get((target.table, grid.method, depth, bs)) if section.beside(target) else None
-            if cell and cell.rates and name.startswith("table"):
+        for target in TARGETS.values():
+            cell = PAPER.get((target.table, grid.method, depth, bs))
+            if cell and cell.rates and metric is ACCURACY and section.beside(target):
                 lines.append(Line(grid.method, [Mark(2.0 ** cell.rates[0], cell.accuracy)], paper=True))
-    return Panel(title, "learning rate", label_of(section, metric), lines, metric)
+    return Panel(title, RATE, label_of(section, metric), lines, metric)
 
 
 def depth_panels(section):
@@ -181,7 +183,7 @@ def curves_panel(section, depth, bs, metric, title):
         for rate, runs in grid.runs.items():
             shown = [run for run in runs if run["status"] == "diverged" or (best and rate == best.rate)]
             lines += [Line(grid.method, curve(run, metric), thin=True) for run in shown]
-    return Panel(title, "epoch", label_of(section, metric), lines, metric)
+    return Panel(title, EPOCH, label_of(section, metric), lines, metric)
 
 
 # ------------------------------------------------------------------------------------------------------ axes
@@ -241,13 +243,14 @@ def rate_text(rate):
 
 def set_x(axes, label, xs):
     """Scale and ticks of the x axis; batch sizes and depths are plain numbers."""
-    if label == "epoch":
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        return
+    if label is EPOCH:
+        return axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xscale("log", base=2)
-    rates = label == "learning rate"
-    shown = powers(xs[0], xs[-1]) if rates else xs[:: math.ceil(len(xs) / 7)]
-    axes.set_xticks(shown, [rate_text(x) if rates else f"{x:g}" for x in shown])
+    if label is RATE:
+        axes.set_xticks(powers(xs[0], xs[-1]), map(rate_text, powers(xs[0], xs[-1])))
+    else:
+        shown = xs[:: math.ceil(len(xs) / 7)]
+        axes.set_xticks(shown, [f"{x:g}" for x in shown])
     axes.minorticks_off()
     pad = max(1.3, (xs[-1] / xs[0]) ** 0.06)
     axes.set_xlim(xs[0] / pad, xs[-1] * pad)
@@ -298,8 +301,7 @@ def draw_line(axes, layer, line, look, shift, lane, metric):
         if mark.best:
             axes.plot(mark.x * shift, mark.y, **bare | {"marker": "o", "ms": 11, "fillstyle": "none"})
     lost = [mark.x * shift for mark in line.marks if mark.y is None]
-    height = LANE * (lane + 0.6)  # each method has a height of its own
-    height = 1 - height if metric is LOSS else height
+    height = abs((metric is LOSS) - LANE * (lane + 0.6))  # at the bad end, each method on a lane of its own
     for marker in (look.marker, "x") if lost else ():
         cross = {"marker": marker, "ms": 6, "fillstyle": "none", "transform": axes.get_xaxis_transform()}
         axes.plot(lost, [height] * len(lost), **bare | cross)
@@ -307,16 +309,16 @@ def draw_line(axes, layer, line, look, shift, lane, metric):
 
 def draw_panel(axes, panel, panels, methods, looks):
     """One panel; its ranges are those of all panels with its labels."""
-    alike = [other for other in panels if other.ylabel == panel.ylabel]
+    beside = [other for other in panels if other.xlabel == panel.xlabel]
+    alike = [other for other in beside if other.ylabel == panel.ylabel]
+    xs = sorted({mark.x for other in beside for line in other.lines for mark in line.marks})
     marks = [mark for other in alike for line in other.lines for mark in line.marks if mark.y is not None]
-    ys = [y for mark in marks for y in (mark.y - mark.down, mark.y, mark.y + mark.up)]
-    xs = sorted({m.x for p in panels if p.xlabel == panel.xlabel for line in p.lines for m in line.marks})
-    same = [other for other in alike if other.xlabel == panel.xlabel]
-    lost = [{line.method for line in p.lines for mark in line.marks if mark.y is None} for p in same]
+    lost = [{line.method for line in p.lines for mark in line.marks if mark.y is None} for p in alike]
     set_x(axes, panel.xlabel, xs)
+    ys = [y for mark in marks for y in (mark.y - mark.down, mark.y, mark.y + mark.up)]
     set_y(axes, panel.metric, ys, max(map(len, lost)))
-    lanes = sorted(lost[same.index(panel)], key=methods.index)
-    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in ("layers", "batch size") else 0
+    lanes = sorted(lost[alike.index(panel)], key=methods.index)
+    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in (DEPTH, SIZE) else 0
     for layer, line in enumerate(panel.lines, 2):
         # marks at the same place stand side by side
         shift = 2 ** (wide * (methods.index(line.method) - (len(methods) - 1) / 2))
@@ -330,12 +332,8 @@ def draw(folder, name, caption, rows, looks):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    matplotlib.rcParams |= {
-        "svg.hashsalt": "plot",
-        "font.size": 9,
-        "axes.grid": True,
-        "grid.color": "#e4e4e4",
-    }
+    style = {"svg.hashsalt": "plot", "font.size": 9, "axes.grid": True, "grid.color": "#e4e4e4"}
+    matplotlib.rcParams.update(style)
     columns, widest = math.lcm(*map(len, rows)), max(map(len, rows))
     width, height = {1: (5.4, 3.6), 2: (4.2, 3.3)}.get(widest, (3.1, 2.7))
     figure = Figure(figsize=(width * widest, height * len(rows)), layout="constrained")
@@ -389,16 +387,16 @@ def plain(header, rows):
     """A table as text."""
     cells = [[str(cell).replace("*", "") for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
 def best_text(grid, metric):
     """A grid's number and its optimal rate with the bracket of tied rates."""
     best = grid.best(metric)
     if not best:
-        return "diverged", f"at {power(min(grid.runs))} to {power(max(grid.runs))}"
+        tried = dict.fromkeys((power(min(grid.runs)), power(max(grid.runs))))
+        return "diverged", f"at {' to '.join(tried)}"
     text, top5 = number(grid, metric, best.mean, best.std), [final.get("test_top5") for final in best.kept]
     if None not in top5:
         text += f" / {100 * sum(top5) / len(top5):.2f}"
@@ -426,7 +424,7 @@ def row_of(section, depth, bs, method, grid, cell=None):
     texts = [best_text(grid, metric) for metric in metrics]
     (value, our_rate), (our_loss, its_rate), *_ = [*texts, ("–", "–")]
     optima = [best for metric in metrics if (best := grid.best(metric))]
-    kept = ", ".join(dict.fromkeys(f"{len(best.kept)}/{best.runs}" for best in optima)) or "–"
+    kept = ", ".join(dict.fromkeys(f"{len(best.kept)} of {best.runs}" for best in optima)) or "–"
     lost = f"{sum(run['status'] == 'diverged' for run in runs)} of {len(runs)}"
     return [depth, bs, name_of(method), value, accuracy, our_rate, rate, our_loss, loss, its_rate, kept, lost]
 
@@ -454,9 +452,8 @@ def table_of(section, target):
     lines = section.shown(target)
     beside = lines and section.beside(target)
     ours = {(p.grid.depth, p.grid.bs, method): p.grid for method, line in lines.items() for p in line}
-    paper = {
-        (key[2], key[3], key[1]): cell for key, cell in PAPER.items() if beside and key[0] == target.table
-    }
+    theirs = [(key, cell) for key, cell in PAPER.items() if beside and key[0] == target.table]
+    paper = {(depth, bs, method): cell for (_, method, depth, bs), cell in theirs}
     order = [*target.methods, *lines]
     keys = sorted(ours.keys() | paper.keys(), key=lambda key: (key[:2], order.index(key[2])))
     return useful(header_of(section), [row_of(section, *key, ours.get(key), paper.get(key)) for key in keys])
@@ -474,10 +471,9 @@ def print_table(sections, name):
 
 def caption_of(section, target):
     """What a figure or table shows, and what all of it has in common."""
-    network = "" if target.version or target.deep else f", {16 if target.table else section.depth} layers"
-    return f"{target.caption}{network}" + (
-        f", batch size {section.bs}" if target.table and not target.version else ""
-    )
+    words = [] if target.version or target.deep else [f"{16 if target.table else section.depth} layers"]
+    words += [f"batch size {section.bs}"] if target.table and not target.version else []
+    return ", ".join([target.caption, *words])
 
 
 # ---------------------------------------------------------------------------------------------------- report
@@ -488,8 +484,7 @@ in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. 
 more rates could overturn is undecided. Tied: the difference is below one standard error (of a
 single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
 deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
-diverged; grey: a part of an axis that is compressed, so that small differences above it can be
-seen."""
+diverged; grey: a part of an axis that is compressed."""
 
 
 def tally(answers):
@@ -499,28 +494,27 @@ def tally(answers):
     return f"of {len(answers)} statements: {told}"
 
 
-def where(answer, letters):
+def where(answer, labels):
     """The section that an answer is from, and those with another verdict."""
-    others = {letters[s]: v for s, v in answer.elsewhere.items() if v not in (answer.verdict, UNDECIDED)}
-    text = ", ".join(f"{letter}: {verdict.value}" for letter, verdict in others.items())
-    return letters.get(answer.section, "–") + (f" ({text})" if text else "")
+    others = {labels[s]: v for s, v in answer.elsewhere.items() if v not in (answer.verdict, UNDECIDED)}
+    text = ", ".join(f"{label}: {verdict.value}" for label, verdict in others.items())
+    return labels.get(answer.section, "–") + (f" ({text})" if text else "")
 
 
-def verdict_tables(answers, letters):
+def verdict_tables(answers, labels):
     """Markdown: a table for each verdict, the one of undecided statements folded."""
-    for verdict in (FAILS, HOLDS, TIED, UNDECIDED):
-        chosen = [(n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict]
-        start = [[n, answer.claim.statement, answer.claim.place] for n, answer in chosen]
-        title = f"{verdict.value.capitalize()} ({len(chosen)})"
-        if chosen and verdict is not UNDECIDED:
-            header = ["#", "Statement", "Place", "Ours", "Seeds", "Section"]
-            ends = [[a.ours, a.seeds or "–", where(a, letters)] for _, a in chosen]
-            yield f"## {title}\n\n{markdown(header, [a + b for a, b in zip(start, ends, strict=True)])}"
-        elif chosen:
-            header = ["#", "Statement", "Place", "Why", "Ours so far", "What would decide it"]
-            ends = [[a.reason, a.ours or "–", f"`{a.command}`"] for _, a in chosen]
-            table = markdown(header, [a + b for a, b in zip(start, ends, strict=True)])
-            yield folded(f"<b>{title}</b>", table)
+    for verdict in (HOLDS, FAILS, TIED, UNDECIDED):
+        header, rows = ["#", "Statement", "Place", "Ours", "Seeds", "Section"], []
+        if verdict is UNDECIDED:
+            header[3:] = ["Why", "Ours so far", "What would decide it"]
+        for n, answer in ((n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict):
+            told = [answer.ours, answer.seeds or "–", where(answer, labels)]
+            if verdict is UNDECIDED:
+                told = [answer.reason, answer.ours or "–", f"`{answer.command}`"]
+            rows.append([n, answer.claim.statement, answer.claim.place, *told])
+        title, table = f"{verdict.value.capitalize()} ({len(rows)})", markdown(header, rows)
+        if rows:
+            yield folded(f"<b>{title}</b>", table) if verdict is UNDECIDED else f"## {title}\n\n{table}"
 
 
 def folded(summary, text):
@@ -531,22 +525,24 @@ def protocol(section):
     """What of the protocol is not the paper's, what was run, and on what."""
     runs = [run for grid in section.grids for runs in grid.runs.values() for run in runs]
     paper, width = section.setup.protocol, section.config.get("width")
-    ours = {key.replace("_", " "): (value, paper[key]) for key, value in section.differences.items()}
-    words = [f"{key} {value} instead of {other}" for key, (value, other) in ours.items()]
+    ours = [(key.replace("_", " "), value, paper[key]) for key, value in section.differences.items()]
+    words = [f"{key} {value} instead of {'all' if other is None else other}" for key, value, other in ours]
     words += [f"width {width} instead of 4 (2 in Tables 2 and 3)"] if width not in (None, 2, 4) else []
     most = max(len(runs) for grid in section.grids for runs in grid.runs.values())
-    words += [f"at most {most} seeds instead of {section.setup.seeds}"] if most < section.setup.seeds else []
+    words += [f"seeds {most} instead of {section.setup.seeds}"] if most < section.setup.seeds else []
     told = f"Not the paper's protocol: {', '.join(words)}" if words else "The paper's protocol"
     lost = sum(run["status"] == "diverged" for run in runs)
-    made = {", ".join(str(run["environment"].get(k)) for k in ("device", "torch", "commit")) for run in runs}
-    return f"{told}. {len(runs)} runs, {lost} diverged; device, torch, commit: {'; '.join(sorted(made))}."
+    found = {key: {str(run["environment"].get(key)) for run in runs} for key in ("device", "torch", "commit")}
+    made = [f"{key} {', '.join(sorted(values))}" for key, values in found.items()]
+    return f"{told}. {len(runs)} runs, {lost} diverged; {'; '.join(made)}."
 
 
 def small_multiples(section, draws, metric, without=()):
     """Rows of four panels, one for each depth and batch size, of those with more than a single mark."""
     places = dict.fromkeys((grid.depth, grid.bs) for grid in section.grids).keys() - without
     panels = [draws(section, *at, metric, f"{at[0]} layers, batch size {at[1]}") for at in sorted(places)]
-    panels = [panel for panel in panels if any(len(line.marks) > 1 for line in panel.lines)]
+    some = [p for p in panels if any(mark.y is not None for line in p.lines for mark in line.marks)]
+    panels = [panel for panel in some if any(len(line.marks) > 1 for line in panel.lines)]
     rows = [panels[i : i + 4] for i in range(0, len(panels), 4)]
     return rows if len(rows) < 2 else [row + [None] * (4 - len(row)) for row in rows]
 
@@ -557,53 +553,52 @@ def section_parts(section, looks, home, curves):
     deep = {(grid.depth, grid.bs) for grid in section.grids if grid.bs == section.bs}
     deep = deep if len(deep) > 1 and LOSS in section.setup.metrics else set()
     if deep:
-        title = f"{section.title}, batch size {section.bs}"
+        title = f"Depth: {section.title}, batch size {section.bs}"
         yield "depth", draw(folder, "depth", title, depth_panels(section), looks)
     for name in ("fig1", "fig2", "fig3", "fig4", "table2", "table3", "table4", "table5", "table1"):
         target = TARGETS[name]
         grids = {point.grid for line in section.shown(target).values() for point in line}
-        if not (grids if name.startswith("fig") else grids - seen):
+        if not (grids - seen if target.table else grids):
             continue
         seen |= grids
         table, panels = markdown(*table_of(section, target)), []
         for letter, metric in zip("ab", section.setup.metrics, strict=False) if not target.table else ():
-            title = f"{letter}) {metric.name}"
-            panels.append(figure_panel(section, target, metric, target.rates, title))
+            panels.append(figure_panel(section, target, metric, target.rates, f"{letter}) {metric.name}"))
         if panels:
-            yield name, draw(folder, name, f"{section.title}, {section.depth} layers", [panels], looks)
+            title = f"{target.title}: {section.title}, {section.depth} layers"
+            yield name, draw(folder, name, title, [panels], looks)
         text = table if target.table else folded("Numbers", table)
         yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{text}"
     if rest := [grid for grid in section.grids if grid not in seen]:
         rows = [row_of(section, grid.depth, grid.bs, grid.method, grid) for grid in rest]
         yield "", f"**Other runs.**\n\n{markdown(*useful(header_of(section), rows))}"
     for metric in section.setup.metrics:
-        for kind, draws in (("rates", rates_panel), ("curves", curves_panel))[: 1 + curves]:
-            skip = deep if kind == "rates" and metric is ACCURACY else set()
-            if rows := small_multiples(section, draws, metric, skip):
+        kinds = {"rates": (rates_panel, deep if metric is ACCURACY else set())}
+        kinds |= {"curves": (curves_panel, set())} if curves else {}
+        for kind, (draws, drawn_before) in kinds.items():
+            if rows := small_multiples(section, draws, metric, drawn_before):
                 yield "", draw(folder, f"{kind}_{metric.key}", section.title, rows, looks)
 
 
 def report(folder, sections, problems, curves):
     """Write RESULTS/report/REPORT.md and its pictures; return its path and the tally."""
     home, looks, answers = folder / "report", looks_of(sections), [*judge_all(sections), judge_speed(folder)]
-    letters = {section: chr(ord("A") + n) for n, section in enumerate(sections)}
+    labels = {section: f"S{n}" for n, section in enumerate(sections, 1)}
     top, parts = {}, []
-    for section, letter in letters.items():
-        parts.append(f"# {letter}. {section.title}\n\n{protocol(section)}")
+    for section, label in labels.items():
+        parts.append(f"# {label}. {section.title}\n\n{protocol(section)}")
         for name, text in section_parts(section, looks, home, curves):
             if name and name not in top:
-                title = "Depth" if name == "depth" else TARGETS[name].title
-                top[name] = f"{text}\n\n*{title}, from section {letter}.*"
+                top[name] = text
             else:
                 parts.append(text)
-    if problems:
-        listed = [f"- {name}: {problem}" for name, problem in problems.items()]
-        parts.append("# Files that were not used\n\n" + "\n".join(listed))
-    names = "\n".join(f"- {letter}: {section.title}" for section, letter in letters.items())
+    listed = "\n".join(f"- {name}: {problem}" for name, problem in problems.items())
+    parts += [f"# Files that were not used\n\n{listed}"] if problems else []
+    names = "\n".join(f"- {label}: {section.title}" for section, label in labels.items())
     line = tally(answers)
     head = f"**{line.capitalize()}.** Sections, nearest to the paper first:\n\n{names}"
-    head = ["# How much of the paper holds", head, *top.values()]
-    text = "\n\n".join([*head, *verdict_tables(answers, letters), NOTE, *parts]) + "\n"
+    head = ["# How much of the paper holds", head, *(top[name] for name in sorted(top))]
+    text = "\n\n".join([*head, *verdict_tables(answers, labels), NOTE, *parts]) + "\n"
     home.mkdir(parents=True, exist_ok=True)
     with atomic_write(home / "REPORT.md") as file:
         file.write(text.encode())
@@ -625,19 +620,14 @@ def write_csv(path, records):
         file.write(text.getvalue().encode())
 
 
-def parse_args():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("results", type=Path, help="folder with the records, RESULTS/DATA/RUN.json")
     add("--table", choices=[*TARGETS, "demo"], help="print this figure or table, draw nothing")
     add("--csv", type=Path, metavar="FILE", help="write a row for each run and epoch, draw nothing")
     add("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
-    return parser, parser.parse_args()
-
-
-def main():
-    parser, args = parse_args()
+    args = parser.parse_args()
     records, problems = read_all(args.results)
     for name, problem in problems.items():
         print(f"{args.results / name}: not used: {problem}", file=sys.stderr)

@@ -181,7 +181,7 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
 def find_device(name: str | None) -> torch.device:
     """The named device, or a GPU if there is one; without a number ("cuda", or None) torchrun's rank's own.
 
-    Raises UserError where the name is of no device here.
+    It does not touch the GPU, which may allow one process only. Raises UserError if there is no such device.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else 16 streams of runs share 8 queues
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -190,7 +190,8 @@ def find_device(name: str | None) -> torch.device:
         device = torch.device(own if name == "cuda" else name or default)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
+            torch.zeros(1, device=device)  # PyTorch says why
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
@@ -210,9 +211,14 @@ def pick_device(name: str | None) -> torch.device:
     """The device of `find_device`, set up for training; joins the ranks of torchrun."""
     device = find_device(name)
     if device.type == "cuda":
+        try:
+            torch.zeros(1, device=device)
+        except RuntimeError as error:
+            raise UserError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions as elsewhere
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions
+        torch.backends.cuda.matmul.allow_tf32 = False  # and in products, whatever the environment says
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -165,7 +165,8 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.at_most for task in tasks), time.monotonic(), time.time()
     say(
-        f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; {len(workers)} workers"
+        f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; "
+        f"{len(workers)} workers"
     )
     alive = True
     while alive and any(task.plan.missing for task in tasks):

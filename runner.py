@@ -78,9 +78,12 @@ def exit_code(main) -> int:
     try:
         code = main() or 0
     except UserError as error:
-        if isinstance(error, OwnError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        its_own = isinstance(error, OwnError)
+        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             complain(str(error))
-        return 2
+        if its_own:
+            return 2
+        code = 2
     except OSError as error:
         where = f"{error.filename or 'the disk'}: {error.strerror}"
         if error.errno in WRONG_PATH:
@@ -355,6 +358,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                     finish(point, key, job, args, together)
                     del jobs[key]
                     more = True
+            job = None  # an ended run's memory is needed for the next one
             stop = any(job.run.stopped for job in jobs.values())
             if stop or due:
                 save(jobs.values())
@@ -433,11 +437,11 @@ def free_memory(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException | None) -> bool:
     """True if this error, or one it was raised while handling, is out-of-memory; graph capture hides it so.
 
-    The driver and cuDNN have errors of their own for it.
+    The driver, cuBLAS and cuDNN have errors of their own for it.
     """
     if error is None:
         return False
-    texts = "out of memory", "unable to find an engine", "can't allocate memory"
+    texts = "out of memory", "_ALLOC", "unable to find an engine", "can't allocate memory"
     by_text = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return isinstance(error, torch.OutOfMemoryError) or by_text or is_out_of_memory(error.__context__)
 

@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# The paper's experiments. A target is a table or figure; its function prints a command line for each of its points
+# The paper's experiments. A target is a table or figure; its function prints a command line for each point
 # (method, batch size, depth). A sweep starts workers, which go through these lines until all runs are done.
 #
 #   bash sweep.sh                      for each target: points and runs that are done, running, failed
 #   bash sweep.sh table1               make what is missing, and print the table
 #   bash sweep.sh table1 --dry-run     only print the command lines
 #   bash sweep.sh table1 --cost        hours on this machine, after `python speed.py`
-#   bash sweep.sh table1 --width 1 --epochs 5 --seeds 1      what follows the target is appended to each line
-#   bash sweep.sh table1 --slurm "--partition gpu --time 12:00:00 --gres gpu:1" --jobs 8      8 workers, as a job array
+#   bash sweep.sh table1 --width 1 --epochs 5 --seeds 1     what follows the target is appended to each line
+#   bash sweep.sh table1 --slurm "--partition gpu --time 12:00:00 --gres gpu:1" --jobs 8     as a job array
 #
 # --jobs N            workers [one per GPU, else one per two cores; torchrun has the whole machine]
 # BATCHES, INITS, DEPTHS="16 40" bash sweep.sh ...     replace a target's own grid
-# LRS="2^-3 2^-2"     run these learning rates [search for the best, with all seeds around it; FULL=1: at all rates]
+# LRS="2^-3 2^-2"     run these learning rates [search for the best; FULL=1: with all seeds at all rates]
 # NPROC=N             GPUs of a run on ImageNet [8; 1: without torchrun]
-# Exit codes: 0 done, 1 a line failed, 2 bad usage or data, 75 interrupted. The same sweep makes what is missing.
-
-# shellcheck disable=SC2086,SC2329  # lists are split into words on purpose; targets are called by name
+# Exit codes: 0 done, 1 a line failed, 2 bad usage or data, 75 interrupted. The same sweep goes on.
+# shellcheck disable=SC2086,SC2206,SC2329  # lists are split into words on purpose; targets are called by name
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 demo"
 fig1() { # 16-4, ghost batches of 64, large batches (section 3)
     for bs in ${BATCHES:-16 32 64 128 256 512 1024 2048 4096 8192}; do wrn "bn none zeroinit" --bs $bs; done
 }
 fig2() { fig1; } # the optimal learning rates of Figure 1
 fig3() { # 16-4, statistics over the whole batch, small batches (section 4)
-    for bs in ${BATCHES:-1 2 4 8 16 32 64 128 256 512 1024}; do wrn "bn none zeroinit" --bs $bs --ghost 0; done
+    for bs in ${BATCHES:-1 2 4 8 16 32 64 128 256 512 1024}; do
+        wrn "bn none zeroinit" --bs $bs --ghost 0
+    done
 }
 fig4() { fig3; } # the optimal learning rates of Figure 3
-table1() { wrn "none biases dropout scalar biases+dropout zeroinit" --bs 64; } # 16-4, the components of ZeroInit
+table1() { wrn "none biases dropout scalar biases+dropout zeroinit" --bs 64; } # 16-4, ZeroInit piece by piece
 table2() { # d-2, batch norm against ZeroInit by depth
     for depth in ${DEPTHS:-16 100 1000}; do wrn "bn zeroinit" --bs 64 --depth $depth --width 2; done
 }
@@ -35,33 +36,30 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
         INITS="" wrn scalar --bs 64 --depth $depth --width 2
     done
 }
-table4() { resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # ResNet-50 on ImageNet, identity skip paths
-table5() { resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
+table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on ImageNet, identity skip paths
+table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
 demo() { # three minutes on two CPU cores
-    for depth in ${DEPTHS:-100 16}; do
-        seeds=1 wrn "none zeroinit bn" --data shapes --depth $depth --width 1 --bs 16 --epochs 3 --amp off --out demo
-    done
+    flags="--data shapes --width 1 --bs 16 --epochs 3 --amp off --out demo"
+    for depth in ${DEPTHS:-100 16}; do seeds=1 wrn "none zeroinit bn" --depth $depth $flags; done
 }
 seeds=15 full=${FULL:+all} rates=${LRS:+--lr $LRS}
 rates=${rates:---search ${full:-best}}
-wrn() { # wrn METHODS FLAGS
-    for init in ${INITS:-$1}; do echo "python wrn_cifar.py --init $init ${*:2} $rates --seeds $seeds"; done
-}
+points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
+wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
 resnet50() { # resnet50 VERSION METHODS
     case ${NPROC:-8} in 1) run=python ;; *) run="torchrun --standalone --nproc_per_node=${NPROC:-8}" ;; esac
-    for bs in ${BATCHES:-256 1024 4096}; do
-        for init in ${INITS:-$2}; do echo "$run resnet_imagenet.py --arch $1 --init $init --bs $bs $rates --seeds 1"; done
-    done
+    for bs in ${BATCHES:-256 1024 4096}; do points "$run resnet_imagenet.py --arch $1" "$2" --bs $bs; done
 }
-# lines TARGET...: what their functions print, with what the user appended, and the target as a comment
-lines() { for name; do "$name" | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done; }
+lines() { # lines TARGET...: with what the user appended, and the target as a comment
+    for name; do $name | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done
+}
 
-# ------------------------------------------------------------------------------------------------------------- workers
-stop() { stopped=$1 && kill -TERM $children 2>/dev/null; } # what is running saves a checkpoint and ends with 75
-await() { while wait $1 2>/dev/null; code=$?; kill -0 $1 2>/dev/null; do :; done; } # a signal ends `wait` early
+# ---------------------------------------------------------------------------------------------------- workers
+stop() { stopped=$1 && kill -TERM $children 2>/dev/null; } # what is running saves a checkpoint, ends with 75
+await() { while wait $1 2>/dev/null; code=$?; kill -0 $1 2>/dev/null; do :; done; } # signals end `wait` early
 worker() { # worker N ID: go through all lines, from a place of its own, until each has ended with 0 or failed
     local seconds=1 all=${#todo[@]} left again i
-    trap 'stop TERM' TERM HUP && trap 'stop USR1' USR1
+    trap '' INT && trap 'stop TERM' TERM HUP && trap 'stop USR1' USR1 # Ctrl-C is the sweep's to pass on
     left=$(for ((i = 0; i < all; i++)); do echo $((($1 * all / jobs + i) % all)); done)
     while [ -n "$left" ]; do
         again=""
@@ -70,11 +68,11 @@ worker() { # worker N ID: go through all lines, from a place of its own, until e
             case $code in 75) return ;; 76) again+=" $i" ;; *) seconds=1 ;; esac
         done
         left=$again seconds=$((seconds < 15 ? seconds * 2 : 30))
-        if [ -n "$left" ]; then sleep $seconds & wait $!; fi # others make the rest; then the search may ask for more
+        if [ -n "$left" ]; then sleep $seconds & wait $!; fi # others make the rest; a search may need more
     done
 }
-run() { # run LINE LOG: sets `code`; the log has the line, and its output and `exit CODE` for each time that it ran
-    if [ -n "$stopped" ] || ! kill -0 $$ 2>/dev/null; then code=75 && return; fi # $$: the sweep itself, killed
+run() { # run LINE LOG: sets `code`; the log has the line, then its output and `exit CODE` each time it ran
+    if [ -n "$stopped" ] || ! kill -0 $$ 2>/dev/null; then code=75 && return; fi # the sweep, $$, was killed
     eval "words=($1"$'\n)'
     for k in 3 2 1; do if [[ ${words[k]} == *.py ]]; then words[k]=$here/${words[k]}; fi; done
     if [ ! -s "$2" ]; then printf '%s\n' "${1% # *}" >"$2"; fi
@@ -82,8 +80,8 @@ run() { # run LINE LOG: sets `code`; the log has the line, and its output and `e
     children=$!
     if [ -n "$stopped" ]; then stop $stopped; fi # the signal came before the number was known
     await $children
-    if [ -n "$stopped" ] && [ $code != 0 ]; then code=75; fi # it may die before it listens, and torchrun ends with 1
-    if [ $code = 1 ] && tail -n 40 "$2" | grep -q 'exitcode *: 76 '; then code=76; fi # what torchrun's processes say
+    if [ -n "$stopped" ] && [ $code != 0 ]; then code=75; fi # killed before it listened, or torchrun's 1
+    if [ $code = 1 ] && tail -n 40 "$2" | grep -q 'exitcode *: 76 '; then code=76; fi # torchrun's processes
     printf '\nexit %d\n' $code >>"$2"
 }
 sweep() { # start workers, and a monitor that shows what they finish until they end or nothing is left to do
@@ -95,11 +93,12 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     done
     lines $target | python "$here/wrn_cifar.py" --watch $children &
     await $!
-    result=$code
+    end=$code
     kill -TERM $children 2>/dev/null
     for pid in $children; do await $pid; done
-    if [ -n "$stopped" ] || [ $result -gt 2 ]; then echo "interrupted: the same sweep goes on from here" && return 75; fi
-    if [ $result = 2 ] || python "$here/plot.py" "$out" --table $target; then return $result; fi
+    if [[ $stopped$end != [012] ]]; then echo "interrupted: the same sweep goes on from here" && return 75; fi
+    if [ $end = 2 ]; then return 2; fi
+    python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $end
 }
 submit() { # the workers as a job array
     eval "flags=($slurm)"
@@ -112,22 +111,25 @@ task() { # one of them; it comes back after Slurm's signal before the time limit
     worker $((SLURM_ARRAY_TASK_ID - 1)) $id
     if [ $code = 75 ] && [ "$stopped" != TERM ]; then scontrol requeue $id; fi
 }
+status() { python "$here/wrn_cifar.py" --status; }
+cost() { python "$here/speed.py" --cost; }
 
-# --------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------------------------------------------------------------------------------ flags
 fail() { echo "error: $1" >&2 && exit 2; }
 quote() { # a word as both bash and Python's shlex read it
     if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi
 }
-here=$(cd "$(dirname "$0")" && pwd)
-target="" action=status jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=() mark="'" escaped="'\\''"
-cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$((cores > 1 ? cores / 2 : 1))
+here=$(cd "$(dirname "$0")" && pwd) mark="'" escaped="'\\''"
+target="" action=status jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
+cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
 if [[ ${1:--} != -* ]]; then target=$1 action=sweep && shift; fi
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
     case $1 in
-        -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
-        --dry-run | --cost | --task) action=${1#--} ;;
+        -h | --help) sed -n '2,/^# Exit/s/^# \{0,1\}//p' "$0" && exit ;;
+        --dry-run) action="cat" ;;
+        --cost | --task) action=${1#--} ;;
         --jobs) jobs=${2:-none} && shift ;;
         --slurm) action=submit slurm=${2:-} && shift ;;
         --out) out=${2:-} appended+=" $1" ;;
@@ -136,15 +138,13 @@ while (($#)); do
     esac
     shift
 done
-case $action in
-    dry-run) lines ${target:-$targets}; exit ;;
-    cost) lines ${target:-$targets} | python "$here/speed.py" --cost; exit ;;
-    status) lines $targets | python "$here/wrn_cifar.py" --status; exit ;;
-esac
+case $action in cat | cost | status) lines ${target:-$targets} | $action && exit; exit ;; esac
 while IFS= read -r line; do todo+=("$line"); done <<<"$(lines $target)"
-IFS=$', \n' read -rd "" -a gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&-)}"
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)}
+gpus=(${gpus//,/ })
 if [[ $action == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
 jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : workers))}
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then fail "--jobs should be a positive number, not '$jobs'"; fi
-if [ $action = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
+threads=$((cores > jobs ? cores / jobs : 1))
+if [ $action = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
 mkdir -p "$out/logs" && $action; exit

@@ -3,8 +3,11 @@
 The tables are copied from the paper once more, so that a slip in paper.py shows.
 """
 
+import json
 import random
 from dataclasses import dataclass
+
+from records import power, slug
 
 SPREAD, SHIFT = (
     0.763,
@@ -141,6 +144,7 @@ def draw_point(key, truth, random_numbers, **changes):
 
 
 def record(config, accuracy, loss, truth):
+    """The record of a run, as read_all() gives it, but without a history; `write` adds one."""
     final = {"test_accuracy": accuracy, "train_loss": loss - 0.1, "train_objective": loss}
     if config["model"] == "resnet50":
         final["test_top5"] = truth.top5 / 100
@@ -156,6 +160,29 @@ def record(config, accuracy, loss, truth):
         "environment": {"torch": "2.14", "device": "cpu", "commit": "abc1234"},
         "file": "planted",
     }
+
+
+def write(folder, records):
+    """Write records, with histories, as files; return their paths."""
+    paths = []
+    for run in records:
+        config, final, lost = run["config"], run["final"], run["status"] == "diverged"
+        entry = {"lr": config["lr"], "train_loss": 2.0, "l2": 0.1, "train_accuracy": 0.3, "seconds": 1.0}
+        history = [{"epoch": epoch + 1} | entry for epoch in range(1 if lost else config["epochs"])]
+        if not lost:
+            history[-1] |= {"train_loss": final["train_loss"], "test_accuracy": final["test_accuracy"]}
+            history[-1]["l2"] = final["train_objective"] - final["train_loss"]
+            history[-1] |= {"test_top5": final["test_top5"]} if "test_top5" in final else {}
+        whole = run | {"history": history} | ({"diverged_at_step": 7} if lost else {})
+        told = [
+            config.get(key) for key in ("version", "depth", "width", "init", "ghost", "wd", "alpha", "bs")
+        ]
+        words = "-".join(map(str, told))
+        name = f"{words}_lr{power(config['lr'])}_ep{config['epochs']}_s{config['seed']:02d}.json"
+        paths.append(folder / slug(config["data"]) / name)
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_text(json.dumps(whole))
+    return paths
 
 
 def draw(seed, truth=None, **changes):

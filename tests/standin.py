@@ -1,8 +1,8 @@
 """Stands in for the Python scripts in tests of sweep.sh: it starts in no time, and a run is a nap.
 
-A command line has --seeds runs. Each adds its name to OUT/begun, sleeps for --nap seconds, and adds it to OUT/made;
-one lock per run divides them between processes. A line whose --init is a key of $ENDS (JSON) begins a run and ends
-with that exit code, or by that signal if it is negative.
+A command line has --seeds runs. Each adds its name to OUT/begun, sleeps for --nap seconds, and adds it to
+OUT/made; one lock per run divides them between processes. A line whose --init is a key of $ENDS (JSON) begins
+a run and ends with that exit code, or by that signal if it is negative.
 """
 
 import fcntl
@@ -22,7 +22,8 @@ def value(words, flag, default=None):
 def runs(words):
     """The folder of a line's results, and the names of its runs."""
     name = "-".join(value(words, flag, "") for flag in ("--init", "--bs", "--depth")).strip("-")
-    return Path(value(words, "--out", "results")), [f"{name}-{i}" for i in range(int(value(words, "--seeds")))]
+    runs = [f"{name}-{i}" for i in range(int(value(words, "--seeds")))]
+    return Path(value(words, "--out", "results")), runs
 
 
 def noted(file):
@@ -59,7 +60,7 @@ def train(words):
 
 
 def watch(lines, workers):
-    """Ends like the real one: 0 as soon as all runs are made, 1 if some are not when all workers have ended."""
+    """Ends like the real one: 0 as soon as all runs are made, 1 if some are not and all workers ended."""
     for worker in workers:
         while Path(f"/proc/{worker}").exists():
             if all(set(names) <= set(noted(out / "made")) for out, names in lines):

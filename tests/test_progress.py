@@ -1,6 +1,7 @@
 """progress.py: what the command lines of a sweep have come to, by made-up records and logs."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import progress
 
 
 def line(out, *flags, init="bn"):
-    return f"python wrn_cifar.py --init {init} --bs 64 --out {out} --device cpu --amp off --epochs 2 {' '.join(flags)}"
+    fixed = f"--bs 64 --out {out} --device cpu --amp off --epochs 2"
+    return f"python wrn_cifar.py --init {init} {fixed} {' '.join(flags)}"
 
 
 def record(config, accuracy, loss=1.0, seconds=30.0):
@@ -46,11 +48,11 @@ def write_log(out, name, *lines):
     return log
 
 
-# ----------------------------------------------------------------------------------------------------------- counting
+# -------------------------------------------------------------------------------------------------- counting
 
 
 def test_status_counts_points_and_runs(tmp_path, capsys):
-    """Three points of two rates and two seeds: one done, one half done and failed, one begun by another process."""
+    """Three points of two rates and two seeds: one done, one half done and failed, one begun elsewhere."""
     flags = ("--lr", "2^-3", "2^-2", "--seeds", "2")
     lines = [line(tmp_path, *flags, init=init) for init in ("bn", "none", "scalar")]
     done, half, begun = map(progress.point_of, lines)
@@ -92,7 +94,7 @@ def test_flags_that_only_one_script_takes(capsys):
 
 def test_lines_and_their_targets(monkeypatch):
     text = "a '--x # y' # table1\n\nb # table1\nc # fig1\nd\n"
-    monkeypatch.setattr(sys, "stdin", text.splitlines(keepends=True))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert progress.read_lines() == {"table1": ["a '--x # y'", "b"], "fig1": ["c"], "": ["d"]}
 
 
@@ -101,7 +103,7 @@ def test_a_line_of_another_program_is_an_error():
         progress.point_of("make all")
 
 
-# ----------------------------------------------------------------------------------------------------------- failures
+# -------------------------------------------------------------------------------------------------- failures
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_the_last_end_of_a_line_counts(tmp_path):
     assert progress.failures(tmp_path / "nowhere") == {}
 
 
-# ----------------------------------------------------------------------------------------------------------- watching
+# -------------------------------------------------------------------------------------------------- watching
 
 
 @pytest.fixture

@@ -3,17 +3,16 @@
 import contextlib
 import functools
 import io
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+import scripts
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from scripts import make_folder
 from test_training import running_statistics, tiny_data, tiny_run
 
 import common
@@ -51,10 +50,10 @@ STATISTICS = {
 
 
 def train_some(case):
-    """Five updates and an evaluation in float64: parameters, running statistics and history."""
+    """Four updates and an evaluation in float64: parameters, running statistics and history."""
     flags, micro = CASES[case]
     run = tiny_run(flags, tiny_data(test=11), micro=micro)
-    for _ in zip(range(5), common.train(run, 1), strict=False):
+    for _ in zip(range(4), common.train(run, 1), strict=False):
         pass
     history = [{key: value for key, value in entry.items() if key != "seconds"} for entry in run.history]
     return [p.detach() for p in run.net.parameters()], running_statistics(run.net), history
@@ -186,19 +185,17 @@ KERNELS = (
 )
 
 
-def with_other_images(out, rank, *flags):
+def with_other_images(out, rank):
     """How wrn_cifar.py ends on this rank, which reads a folder of its own, and what it says.
 
     There are two ranks on each machine.
     """
-    words = (
-        f"--data folder --data-dir {out}/{rank}/images --depth 10 --width 1 --init none --bs 8 --device cpu"
+    flags = (
+        f"--data folder --data-dir {out}/{rank}/images --init none --bs 4 --device cpu --out {out}/results"
     )
     os.environ["LOCAL_RANK"] = str(rank % 2)
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = runner.exit_code(
-            lambda: wrn_cifar.SCRIPT.main([*words.split(), "--out", f"{out}/results", *flags])
-        )
+        code = scripts.run(wrn_cifar, flags)
     return code, said.getvalue()
 
 
@@ -223,34 +220,19 @@ def rank(number, world, port, out):
 # --------------------------------------------------------------------------------------------- the ranks
 
 
-def image_folder(folder, images=4, size=8):
-    """Write images of two classes; returns the folder."""
-    rng = np.random.default_rng(0)
-    for part in ("train", "test", "val"):
-        for kind in ("a", "b"):
-            (folder / part / kind).mkdir(parents=True)
-            for i in range(images):
-                pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / part / kind / f"{i}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What all ranks found, for each number of ranks."""
     out = tmp_path_factory.mktemp("ranks")
     for number in range(4):
-        image_folder(out / str(number) / "images")
-    (out / "2" / "images" / "train" / "b" / "3.png").unlink()
-    multiprocessing.set_forkserver_preload(["torch", "torchvision"])
+        make_folder(out / str(number) / "images")
+    (out / "2" / "images" / "train" / "n01" / "2.png").unlink()
     results = {}
     for world in (2, 4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(
-            rank, (world, port, str(out)), nprocs=world, start_method="forkserver"
-        )
+            given = world, free.getsockname()[1], str(out)
+        torch.multiprocessing.start_processes(rank, given, nprocs=world, start_method="forkserver")
         results[world] = [torch.load(out / f"{world}-{i}.pt", weights_only=False) for i in range(world)]
     return results
 
@@ -387,39 +369,36 @@ def test_ranks_that_read_different_images_do_not_start(found):
 def test_an_error_of_one_rank_is_said_by_that_rank(local_rank, monkeypatch, tmp_path, capsys):
     """Such as an image that only it reads. What all ranks find, the first of a machine says."""
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    words = f"--data shapes --depth 10 --width 1 --init none --bs 16 --lr 1 --device cpu --out {tmp_path}"
-
-    def main():
-        wrn_cifar.SCRIPT.main(words.split())
+    flags = f"--data shapes --depth 10 --width 1 --init none --bs 16 --lr 1 --device cpu --out {tmp_path}"
 
     def fail(*_, **__):
         raise UserError("7.jpg is not a readable image")
 
     with monkeypatch.context() as patch:
         patch.setattr(Images, "train_batch", fail)
-        assert runner.exit_code(main) == 2
+        assert scripts.run(wrn_cifar, flags) == 2
     assert capsys.readouterr().err == "error: 7.jpg is not a readable image\n"
     monkeypatch.setattr(wrn_cifar.data, "shapes", fail)
-    assert runner.exit_code(main) == 2
+    assert scripts.run(wrn_cifar, flags) == 2
     assert capsys.readouterr().err == ("error: 7.jpg is not a readable image\n" if local_rank == "0" else "")
 
 
 @pytest.mark.parametrize("script", [wrn_cifar, resnet_imagenet])
 def test_both_scripts_run_under_torchrun(script, tmp_path):
     """The record of two ranks is that of one process."""
-    folder = image_folder(tmp_path / "images", images=12, size=32)
-    flags = f"--data folder --data-dir {folder} --init bn --ghost 8 --bs 8 --lr 2^-5 --device cpu --amp off"
-    flags += (
-        " --depth 10 --width 1 --epochs 3"
-        if script is wrn_cifar
-        else " --image-size 32 --workers 0 --epochs 1"
-    )
+    test = "test" if script is wrn_cifar else "val"
+    folder = make_folder(tmp_path / "images", test, images=4)
+    flags = f"--data folder --data-dir {folder} --bs 8 --lr 2^-5 --device cpu --amp off"
+    if script is wrn_cifar:
+        flags += " --depth 10 --width 1 --init bn --ghost 8 --epochs 3"
+    else:
+        flags += " --init zeroinit --micro 2 --image-size 32 --workers 0 --epochs 1"
     command = "torch.distributed.run --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0"
-    command = [sys.executable, "-m", *command.split(), script.__file__, *flags.split(), "--out"]
+    command = [sys.executable, "-m", *command.split(), script.__file__, *flags.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, tmp_path / "two"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, "--out", tmp_path / "two"], stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 0, done.stderr
-    script.SCRIPT.main([*flags.split(), "--out", str(tmp_path / "one")])
+    assert scripts.run(script, flags, "--out", tmp_path / "one") == 0
     (path,) = tmp_path.glob("one/images/*.json")
     one, two = (read_record(tmp_path / name / "images" / path.name) for name in ("one", "two"))
     assert (one["environment"]["ranks"], two["environment"]["ranks"]) == (1, 2)

@@ -137,7 +137,7 @@ def which(program):
     return shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
 
 
-# -------------------------------------------------------------------------------------------------------- what happens
+# ---------------------------------------------------------------------------------------------- what happens
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def cluster():
 
 
 def test_an_array_survives_whatever_befalls_its_tasks(tmp_path, cluster):
-    """Tasks are cancelled, requeued and submitted twice, the node's daemon is killed: each run is made once."""
+    """Tasks are cancelled, requeued, submitted twice, their node's daemon killed: each run is made once."""
     sandbox = make_sandbox(tmp_path)
     out = sandbox / "the results"
     options = {"folder": sandbox, "INITS": "bn none scalar zeroinit", "SLURM_CONF": cluster.env["SLURM_CONF"]}
