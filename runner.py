@@ -219,10 +219,15 @@ def load_state(path: Path, run: Run, state: dict):
             raise ValueError("tensors of other shapes")
         run.load(state)
     except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
-        problem = f"does not fit ({' '.join(str(error).split())[:100]})"
-        raise UserError(
-            f"{path} {problem}: it is of another version of this code; --fresh begins again"
-        ) from None
+        problem = f"is of other code, --fresh begins again ({' '.join(str(error).split())[:100]})"
+        raise UserError(f"{path} {problem}") from None
+
+
+def clean_up(path: Path):
+    """Remove what a process has left that was killed after it wrote its run's record."""
+    remove_checkpoint(path)
+    if path.with_suffix(".lock").exists() and (lock := take_lock(path)):
+        lock.close()
 
 
 def remove_checkpoint(path: Path):
@@ -283,7 +288,7 @@ def train_point(script, point: Point, args):
     device = pick_device(args.device)
     plan = agreed(point.plan())
     for key in sorted(point.found):
-        remove_checkpoint(point.path(key))
+        clean_up(point.path(key))
         say(point.result(key))
     done = [key for key, record in point.found.items() if record["status"] == "done"]
     if args.save_weights and not all(weights_file(point.path(key)).exists() for key in done):
@@ -311,9 +316,7 @@ def check_images(point: Point, data):
     """Raise UserError if a record of the point was made with other images."""
     for key, record in point.found.items():
         if record["data"]["fingerprint"] != data.fingerprint:
-            raise UserError(
-                f"{point.path(key)} was made with other images of that name: choose another --out"
-            )
+            raise UserError(f"{point.path(key)} was made with other images: choose another --out")
 
 
 def make_run(script, config: dict, data, args) -> Run:

@@ -20,6 +20,8 @@ import resnet_imagenet
 import runner
 import wrn_cifar
 
+HERE = Path(wrn_cifar.__file__).resolve().parent
+README = (HERE / "README.md").read_text()
 QUICK = "--data shapes --depth 10 --width 1 --train-size 96 --bs 32 --epochs 2 --amp off --device cpu"
 
 
@@ -366,23 +368,21 @@ def trained(tmp_path_factory):
     return folder, flags, out / "results"
 
 
-def test_weights_classify_a_picture_in_five_lines(trained):
+def test_the_lines_in_the_readme_classify_a_picture(trained, capsys):
     folder, flags, out = trained
     (path,) = out.glob("*/*.pt")
-    picture = folder / "test" / "n01" / "0.png"
-
-    saved = torch.load(path, weights_only=True)
-    net = wrn_cifar.make_net(saved["config"], saved["classes"]).eval()
-    net.load_state_dict(saved["state_dict"])
-    image = (data.decode(picture) / 255 - torch.tensor(saved["mean"])) / torch.tensor(saved["std"])
-    logits = net(image.permute(2, 0, 1)[None])
-
+    (lines,) = (block for block in re.findall(r"```python\n(.+?)```", README, re.S) if "torch.load" in block)
+    assert lines.count("\n") == 5 and '"NAME.pt"' in lines and '"picture.png"' in lines
+    lines = lines.replace("NAME.pt", str(path)).replace("picture.png", str(folder / "test" / "n01" / "0.png"))
+    names = {"torch": torch, "data": data, "wrn_cifar": wrn_cifar}
+    exec(lines, names)
+    assert capsys.readouterr().out.startswith("tensor([[")
+    saved, net, image = (names[name] for name in ("saved", "net", "image"))
     assert saved.keys() == {"config", "classes", "mean", "std", "state_dict"} and saved["classes"] == 3
-    args = wrn_cifar.parse_args(flags.split())
-    images = wrn_cifar.load_data(args, torch.device("cpu"))
+    images = wrn_cifar.load_data(wrn_cifar.parse_args(flags.split()), torch.device("cpu"))
     (batch, labels), *_ = images.test_batches()
     assert labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert torch.allclose(logits[0], net(batch)[2], atol=1e-5)
+    assert torch.allclose(net(image.permute(2, 0, 1)[None]), net(batch)[2], atol=1e-5)
 
 
 def test_eval_only_prints_the_accuracy_of_weights_and_of_checkpoints(trained, tmp_path, capsys, monkeypatch):
@@ -438,27 +438,24 @@ def test_save_weights_on_a_run_that_is_done_says_what_would_help(tmp_path, capsy
 # ------------------------------------------------------------------------------------------- a new method
 
 
-GROUP_NORM = {  # what README.md says to add, and before which text
-    "    fixup: bool = False  # ": "    group_norm: bool = False  # eight groups of channels\n",
-    '    "none": Method(),\n': '    "gn": Method(group_norm=True),\n',
-    "    return GhostBatchNorm2d(channels, ghost) if": (
-        "    if method.group_norm:\n        return nn.GroupNorm(8, channels)\n"
-    ),
-}
-
-
-def test_another_norm_is_a_field_a_row_and_a_case(tmp_path):
-    source = Path(wrn_cifar.__file__).parent
-    for path in source.glob("*.py"):
+def test_another_norm_is_a_field_a_row_and_a_line(tmp_path):
+    """Group norm, by exactly the lines in README.md."""
+    codes = re.findall(r"`([^`]+)`", README[README.index("- **A method**") :])
+    field, row, line = (code for code in codes if "group_norm" in code)
+    places = {
+        "    fixup: bool = False  # ": f"    {field}\n",
+        '    "none": Method(),\n': f"    {row},\n",
+        "    return GhostBatchNorm2d(channels, ghost) if": f"    {line}\n",
+    }
+    for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
     text = (tmp_path / "common.py").read_text()
-    for before, line in GROUP_NORM.items():
-        assert text.count(before) == 1
-        text = text.replace(before, line + before)
+    for place, new in places.items():
+        assert text.count(place) == 1
+        text = text.replace(place, new + place)
     (tmp_path / "common.py").write_text(text)
-    flags = f"{QUICK} --bs 512 --train-size 1024 --epochs 1".split()
-    command = [sys.executable, "wrn_cifar.py", *flags, "--init", "gn", "--out", "results"]
-    command += ["--lr", "2^-2"]
+    command = [sys.executable, "wrn_cifar.py", *f"{QUICK} --bs 512 --train-size 1024 --epochs 1".split()]
+    command += ["--init", "gn", "--lr", "2^-2", "--out", "results"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     affine = 2 * (16 + 16 + 16 + 32 + 32 + 64 + 64)  # two for each channel of each norm
