@@ -55,7 +55,9 @@ def test_captured_updates_are_the_eager_ones(init, precision, rel):
 def test_a_gpu_trains_as_a_cpu():
     run = gpu_run("--init bn --epochs 1")
     torch.manual_seed(common.stream_seed(0, "weights"))
-    other = common.Run(run.config, wrn_cifar.make_net(run.config), tiny_data(512, 32, 100), torch.device("cpu"))
+    other = common.Run(
+        run.config, wrn_cifar.make_net(run.config), tiny_data(512, 32, 100), torch.device("cpu")
+    )
     for _ in common.train(other, 1):
         pass
     close(finish(run), other, 1e-2)
@@ -81,9 +83,7 @@ def test_a_run_that_diverges_is_dropped(tmp_path):
 
 def test_too_little_memory_means_fewer_runs(tmp_path, capsys):
     """With most of the memory taken away, as many runs train at once as fit."""
-    flags = (
-        "--depth 16 --width 16 --bs 96 --seeds 6 --epochs 1 --concurrent 6 --device cuda"  # a gigabyte each, or more
-    )
+    flags = "--depth 16 --width 16 --bs 96 --seeds 6 --epochs 1 --concurrent 6 --device cuda"  # a gigabyte each, or more
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1, 4e9 / total))
@@ -117,7 +117,9 @@ def test_forms_of_ghost_batch_norm(dtype, tolerance, layout):
     outputs = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
         for form in ("forward", "spell_out"):
-            norm = GhostBatchNorm2d(8, 16).to(device, torch.float64 if kind == torch.float64 else torch.float32)
+            norm = GhostBatchNorm2d(8, 16).to(
+                device, torch.float64 if kind == torch.float64 else torch.float32
+            )
             image = x.to(device, kind).contiguous(memory_format=layout).requires_grad_()
             out = getattr(norm, form)(image)
             (gradient,) = torch.autograd.grad((out * x.to(device, kind)).sum(), image)
