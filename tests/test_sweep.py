@@ -279,7 +279,7 @@ def test_cost_and_status_get_every_line(sandbox):
 
 
 def test_a_bad_flag_ends_the_sweep(tmp_path):
-    done = sweep("table1", "--depth", 17, "--out", tmp_path / "out", "--jobs", 2, INITS="bn none")
+    done = sweep("table1", "--depth", 17, "--out", tmp_path / "out", "--jobs", 1, INITS="bn")
     assert done.returncode == 2 and done.stdout == "", done
     assert done.stderr.count("\n") == 1 and "6n+4" in done.stderr
 
