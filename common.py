@@ -527,8 +527,7 @@ class Run:
         norms = [m for m in net.modules() if isinstance(m, GhostBatchNorm2d)]
         self.division = divide_batch(self.bs, config["ghost"], self.world, micro, device.type)
         share_ghost_batches(norms, self.division, self.world)
-        start = self.rank * self.division.per_rank
-        self.own = slice(start, start + self.division.per_rank)  # this rank's images of a batch
+        self.own = self.division.own(self.rank)
 
         self.net = net.to(device, memory_format=torch.channels_last)
         self.dtype = net.classifier.weight.dtype
@@ -548,7 +547,6 @@ class Run:
         self.statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
         momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
         self.tensors = [*net.parameters(), *momenta, *net.buffers(), self.totals]  # what an update changes
-
         self.burst, self.graphs, self.stream = 1, {}, None  # updates per CUDA graph; graphs by that number
         if device.type == "cuda":
             self.burst = max(1, min(32, 512 // self.division.per_rank))
@@ -685,13 +683,10 @@ class Run:
         return self.config | {"images": self.data.fingerprint, "device": self.device.type}
 
     def state(self) -> dict:
-        """A copy, in the host's memory, of all that is needed to go on from here in another process.
-
-        A file's writer works on another stream, which would not wait for copies made on the run's own.
-        """
+        """A copy of all that is needed to go on from here in another process, in the host's memory."""
         return {
             "config": self.identity(),
-            "tensors": [t.detach().to("cpu", copy=True) for t in self.tensors],
+            "tensors": [t.detach().to("cpu", copy=True) for t in self.tensors],  # on the run's own stream
             "generator": self.generator.get_state(),
             "scaler": self.scaler.state_dict(),
             "place": (self.epoch, self.updates, self.seconds, list(self.history)),

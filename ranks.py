@@ -33,6 +33,10 @@ class Division:
     ghost: int | None  # images per ghost batch; None without batch norm
     ranks_per_ghost: int  # consecutive ranks whose images make up one ghost batch
 
+    def own(self, rank: int) -> slice:
+        """The images of a batch that are a rank's."""
+        return slice(rank * self.per_rank, (rank + 1) * self.per_rank)
+
 
 def divide_batch(bs: int, ghost: int | None, world: int, micro: int, device: str) -> Division:
     """Divide a batch among ranks and passes; `micro=0` chooses the fastest passes for the device's type.
