@@ -38,9 +38,14 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 }
 table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on ImageNet, identity skip paths
 table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
-demo() { # three minutes on two CPU cores
-    flags="--data shapes --width 1 --bs 16 --epochs 3 --amp off --out demo"
-    for depth in ${DEPTHS:-100 16}; do seeds=1 wrn "none zeroinit bn" --depth $depth $flags; done
+demo() { # what depth does to the plain network, to ZeroInit and to batch norm, each at its own best rate
+    demo="--data shapes --width 1 --bs 16 --epochs 3 --eval-every 3 --amp off --search best --out demo"
+    for init in ${INITS:-bn zeroinit none}; do
+        for depth in ${DEPTHS:-100 16}; do
+            case $init$depth in none16) near="2^-6 2^-5 2^-4" ;; none*) near="2^-11 2^-10 2^-9" ;; *) near="2^-5 2^-4 2^-3" ;; esac
+            echo "python wrn_cifar.py --init $init --depth $depth $demo --lr ${LRS:-$near}"
+        done
+    done
 }
 seeds=15 full=${FULL:+all} rates=${LRS:+--lr $LRS}
 rates=${rates:---search ${full:-best}}
