@@ -8,7 +8,6 @@
 #   bash sweep.sh table1 --cost        hours on this machine, after `python speed.py`
 #   bash sweep.sh table1 --width 1 --epochs 5 --seeds 1     what follows the target is appended to each line
 #   bash sweep.sh table1 --slurm "--partition gpu --time 12:00:00 --gres gpu:1" --jobs 8     as a job array
-#
 # --jobs N            workers [one per GPU, else one per two cores; torchrun has the whole machine]
 # BATCHES, INITS, DEPTHS="16 40" bash sweep.sh ...     replace a target's own grid
 # LRS="2^-3 2^-2"     run these learning rates [search for the best; FULL=1: with all seeds at all rates]
@@ -39,11 +38,11 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on ImageNet, identity skip paths
 table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
 demo() { # what depth does to the plain network, to ZeroInit and to batch norm, each at its own best rate
-    demo="--data shapes --width 1 --bs 16 --epochs 3 --eval-every 3 --amp off --search best --out demo"
-    for init in ${INITS:-bn zeroinit none}; do
-        for depth in ${DEPTHS:-100 16}; do
-            case $init$depth in none16) near="2^-6 2^-5 2^-4" ;; none*) near="2^-11 2^-10 2^-9" ;; *) near="2^-5 2^-4 2^-3" ;; esac
-            echo "python wrn_cifar.py --init $init --depth $depth $demo --lr ${LRS:-$near}"
+    flags="--data shapes --width 1 --bs 16 --epochs 3 --eval-every 3 --amp off --out demo"
+    for depth in ${DEPTHS:-100 16}; do
+        for init in ${INITS:-none zeroinit bn}; do
+            case $init$depth in none16) k=6 ;; none*) k=11 ;; *) k=5 ;; esac # the search begins at 2^-k
+            INITS=$init seeds=1 wrn "" --depth $depth $flags --lr 2^-$k 2^-$((k - 1)) 2^-$((k - 2))
         done
     done
 }
@@ -58,7 +57,6 @@ resnet50() { # resnet50 VERSION METHODS
 lines() { # lines TARGET...: with what the user appended, and the target as a comment
     for name; do $name | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done
 }
-
 # ---------------------------------------------------------------------------------------------------- workers
 stop() { stopped=$1 && kill -TERM $children 2>/dev/null; } # what is running saves a checkpoint, ends with 75
 await() { while wait $1 2>/dev/null; code=$?; kill -0 $1 2>/dev/null; do :; done; } # signals end `wait` early
@@ -116,40 +114,37 @@ task() { # one of them; it comes back after Slurm's signal before the time limit
     worker $((SLURM_ARRAY_TASK_ID - 1)) $id
     if [ $code = 75 ] && [ "$stopped" != TERM ]; then scontrol requeue $id; fi
 }
-status() { python "$here/wrn_cifar.py" --status; }
-cost() { python "$here/speed.py" --cost; }
-
 # ------------------------------------------------------------------------------------------------------ flags
 fail() { echo "error: $1" >&2 && exit 2; }
 quote() { # a word as both bash and Python's shlex read it
     if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi
 }
 here=$(cd "$(dirname "$0")" && pwd) mark="'" escaped="'\\''"
-target="" action=status jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
+target="" act=sweep show=() jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
-if [[ ${1:--} != -* ]]; then target=$1 action=sweep && shift; fi
+if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
     case $1 in
         -h | --help) sed -n '2,/^# Exit/s/^# \{0,1\}//p' "$0" && exit ;;
-        --dry-run) action="cat" ;;
-        --cost | --task) action=${1#--} ;;
+        --dry-run) show=(cat) ;;
+        --cost) show=(python "$here/speed.py" --cost) ;;
+        --task) act=task ;;
         --jobs) jobs=${2:-none} && shift ;;
-        --slurm) action=submit slurm=${2:-} && shift ;;
+        --slurm) act=submit slurm=${2:-} && shift ;;
         --out) out=${2:-} appended+=" $1" ;;
         --out=*) out=${1#*=} appended+=" $(quote "$1")" ;;
         *) appended+=" $(quote "$1")" ;;
     esac
     shift
 done
-case $action in cat | cost | status) lines ${target:-$targets} | $action && exit; exit ;; esac
+if ((${#show[@]})); then lines ${target:-$targets} | "${show[@]}"; exit; fi
 while IFS= read -r line; do todo+=("$line"); done <<<"$(lines $target)"
 gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)}
 gpus=(${gpus//,/ })
-if [[ $action == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
+if [[ $act == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
 jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : workers))}
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then fail "--jobs should be a positive number, not '$jobs'"; fi
-threads=$((cores > jobs ? cores / jobs : 1))
-if [ $action = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}; fi
-mkdir -p "$out/logs" && $action; exit
+if [ $act = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
+mkdir -p "$out/logs" && $act; exit
