@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import scripts
@@ -199,17 +201,31 @@ KERNELS = (
 )
 
 
+def with_a_rank_that_cannot_read(rank):
+    """The error on this rank if rank 1 cannot read its images."""
+
+    def load_data(*_):
+        if rank == 1:
+            raise UserError("no such folder")
+        return types.SimpleNamespace(fingerprint="0123")
+
+    with pytest.raises(UserError) as error:
+        runner.load_on_all_ranks(types.SimpleNamespace(load_data=load_data), None, None)
+    return str(error.value)
+
+
 def with_other_images(out, rank):
-    """How wrn_cifar.py ends on this rank, what it says, and whether it is still joined to the others.
+    """How wrn_cifar.py ends on this rank, what it says, whether it leaves the others, and within a minute.
 
     Each rank reads a folder of its own; there are two ranks on each machine.
     """
+    began = time.monotonic()
     folder = f"{out}/{rank}/images"
     flags = f"--data folder --data-dir {folder} --init none --bs 4 --device cpu --out {out}/results"
     os.environ["LOCAL_RANK"] = str(rank % 2)
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = scripts.run(wrn_cifar, flags)
-    return code, said.getvalue(), torch.distributed.is_initialized()
+    return code, said.getvalue(), not torch.distributed.is_initialized(), time.monotonic() - began < 60
 
 
 def rank(number, world, port, out):
@@ -226,6 +242,7 @@ def rank(number, world, port, out):
     found["norms"] = {size: normalize_over_ranks(size) for size in (2, 4) if size <= world}
     if world == 2:
         found["resnet"] = {case: train_resnet(case) for case in RESNETS}
+    found["no images"] = with_a_rank_that_cannot_read(number)
     if world == 4:
         found["other images"] = with_other_images(out, number)
     torch.save(found, f"{out}/{world}-{number}.pt")
@@ -387,7 +404,12 @@ def test_ranks_that_read_different_images_do_not_start(found):
     """All end with the code for bad data, and the first of each machine says why, in one line."""
     line = "error: ranks 0 and 2 read different images: give all ranks the same files\n"
     ends = [results["other images"] for results in found[4]]
-    assert ends == [(2, line, False), (2, "", False), (2, line, False), (2, "", False)]
+    assert ends == [(2, line, True, True), (2, "", True, True)] * 2
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_have_the_error_of_one_that_cannot_read_its_images(world, found):
+    assert [results["no images"] for results in found[world]] == ["rank 1: no such folder"] * world
 
 
 @pytest.mark.parametrize("local_rank", ["0", "1"])
