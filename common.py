@@ -177,7 +177,7 @@ def before_weights(method: Method) -> nn.Module:
 def branch_scale(method: Method) -> nn.Parameter | None:
     """The scalar at the end of a residual branch: zero for ZeroInit, one for Fixup, none elsewhere."""
     if method.scalar:
-        return nn.Parameter(torch.full((), method.alpha))
+        return nn.Parameter(torch.zeros(()) + method.alpha)
     return nn.Parameter(torch.ones(())) if method.fixup else None
 
 
