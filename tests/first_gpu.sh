@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The first half hour on a GPU: its tests, speed.py --short, then Table 1 at the paper's protocol with one seed, and batch
-# norm beside it: each method at the rate that is expected to be its best, then at the rates around that.
+# The first half hour on a GPU: its tests, `speed.py --short`, then Table 1 at the paper's protocol with one seed
+# (and batch norm): each method at the rate that is expected to be its best, then at those around it.
 #
-#   bash tests/first_gpu.sh        # a slice of ten minutes; the same command goes on until it says that all is done
+#   bash tests/first_gpu.sh    # a slice of ten minutes; the same command goes on until it says that all is done
 #
-# It may be cut off at any moment: what was done is left out, and a run goes on from its checkpoint. In the environment:
+# It may be cut off at any moment: what was done is left out, a run goes on from its checkpoint. Environment:
 #   LIMIT     seconds that a slice may take [570]
 #   KEEP      folder of records, checkpoints and logs [demo/first]
 #   OUT       folder to which an archive of the records and logs goes, after each step [none]
-#   ARCHIVE   images, as train/CLASS/* and test/CLASS/* in an archive that Python can unpack [CIFAR-10, from data/]
+#   ARCHIVE   images as train/CLASS/* and test/CLASS/*, in an archive that Python unpacks [data/'s CIFAR-10]
 #   NAME      what records call the images of ARCHIVE [CIFAR-10 (JPEG)]
-#   FLAGS, SPEED, TESTS     replace a part, for a rehearsal: FLAGS="--width 1 --epochs 2 --data shapes --device cpu"
+#   FLAGS, SPEED, TESTS     replace parts, as FLAGS="--width 1 --epochs 2 --data shapes --device cpu" does
 set -u
 cd "$(dirname "$0")/.." || exit 1
 limit=${LIMIT:-570} keep=${KEEP:-demo/first} failed=""
@@ -20,10 +20,11 @@ mkdir -p "$keep"
 
 pack() { # leave an archive of all but checkpoints; a reader never sees half of one
     if [ -z "${OUT:-}" ]; then return; fi
-    tar czf "$OUT/.part" -C "$keep" --exclude '*.ckpt*' --exclude '*.lock' --exclude images . && mv "$OUT/.part" "$OUT/first.tar.gz"
+    tar czf "$OUT/.part" -C "$keep" --exclude '*.ckpt*' --exclude '*.lock' --exclude images . &&
+        mv "$OUT/.part" "$OUT/first.tar.gz"
 }
 
-step() { # step NAME SECONDS COMMAND...: a command that did not end yet, for so long at most; output in KEEP/NAME.log
+step() { # step NAME SECONDS COMMAND...: what did not end yet, for so long at most; output in KEEP/NAME.log
     local name=$1 most=$2 left=$((limit - SECONDS - 15)) code # 15 to save a checkpoint and to pack
     shift 2
     if [ -e "$keep/$name.done" ]; then return; fi
@@ -35,14 +36,15 @@ step() { # step NAME SECONDS COMMAND...: a command that did not end yet, for so 
     case $code in
         0) touch "$keep/$name.done" ;;
         75 | 124 | 137) if ((left >= most)); then touch "$keep/$name.done"; fi ;; # its own time is over
-        *) failed+=" $name" ;;                                                    # tried again in the next slice
+        *) failed+=" $name" ;; # tried again in the next slice
     esac
     pack
 }
 
 if [ -n "${ARCHIVE:-}" ]; then
     if [ ! -e "$keep/images" ]; then
-        rm -rf "$keep/part" && python -m tarfile -e "$ARCHIVE" "$keep/part" && mv "$keep/part" "$keep/images" || exit 1
+        rm -rf "$keep/part"
+        python -m tarfile -e "$ARCHIVE" "$keep/part" && mv "$keep/part" "$keep/images" || exit 1
     fi
     images=(--data folder --data-dir "$keep/images" --data-name "${NAME:-CIFAR-10 (JPEG)}")
 fi
@@ -52,8 +54,8 @@ fi
     step speed 240 python speed.py --out "$keep" ${SPEED:---short}
     for search in "" "--search best"; do
         for init in zeroinit none scalar biases dropout biases+dropout bn; do
-            step "table1-$init${search:+-rates}" 9999 python wrn_cifar.py --init $init --bs 64 --seeds 1 $search \
-                "${images[@]}" --out "$keep" --checkpoint-every 2 ${FLAGS:-}
+            step "table1-$init${search:+-rates}" 9999 python wrn_cifar.py --init $init --bs 64 --seeds 1 \
+                $search "${images[@]}" --out "$keep" --checkpoint-every 2 ${FLAGS:-}
         done
     done
 }
