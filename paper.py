@@ -178,11 +178,12 @@ class Grid:
         return self.optima[metric]
 
 
-class Point:
+class Result:
     """One method at one batch size or depth `x`, at its optimal rate for a metric.
 
-    An optimum on the edge of its grid is `open`: with more rates its score could only rise. `low` and `high`
-    are the exponents of the tied rates; `up` and `down` say that the optimal rate may be higher or lower.
+    Its `score` is the metric's mean, negated where less is better; minus infinity if every rate diverged. An
+    optimum on the edge of its grid is `open`: with more rates its score could only rise. `low` and `high` are
+    the exponents of the tied rates; `up` and `down` say that the optimal rate may be higher or lower.
     """
 
     def __init__(self, x, grid, metric):
@@ -226,7 +227,7 @@ class Section:
         return "data" not in self.differences and self.network(target)
 
     def lines(self, target, metric):
-        """{method: points in order} of a figure or table, for every method that was run."""
+        """{method: results in order} of a figure or table, for every method that was run."""
         small = any(grid.method == WHOLE or grid.bs < 16 for grid in self.grids)
         large = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)
         shared = not target.table and not (small if target.whole else large or not small)
@@ -239,7 +240,7 @@ class Section:
             tabled = target.version or (grid.bs == self.bs and (target.deep or grid.depth == 16))
             figure = grid.depth == self.depth and low <= grid.bs <= high
             if tabled if target.table else figure and method != ("bn" if target.whole else WHOLE):
-                lines.setdefault(method, []).append(Point(x, grid, metric))
+                lines.setdefault(method, []).append(Result(x, grid, metric))
         return lines
 
     def shown(self, target, metric=ACCURACY):
@@ -247,7 +248,7 @@ class Section:
         lines, barred = self.lines(target, metric), target.methods + target.barred
         others = [m for m in lines if m not in barred and len(lines[m]) >= target.least and target.more]
         chosen = {m: lines[m] for m in (*target.methods, *others) if m in lines}
-        xs = {point.x for line in chosen.values() for point in line}
+        xs = {result.x for line in chosen.values() for result in line}
         return chosen if len(xs) >= target.least or (self.beside(target) and target.table) else {}
 
 
