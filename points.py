@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import records
-from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group, stop_asked
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
 from records import UserError, check_same, find_record, power, run_name, slug
 
 
@@ -41,30 +40,6 @@ def flush(file):
         file.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-@contextlib.contextmanager
-def signals_ask_to_stop(at_once: bool = False):
-    """Let signals finish the updates under way and save, rather than end the process.
-
-    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
-    """
-
-    def stop(*_):
-        stop_asked.set()
-        if at_once:
-            raise KeyboardInterrupt
-
-    stop_asked.clear()
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- flags

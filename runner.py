@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ import torch.distributed as dist
 
 import progress
 import records
-from common import Run, ranks, stream_seed, train
+from common import Run, ranks, stop_asked, stream_seed, train
 from points import (
     Point,
     Progress,
@@ -38,13 +39,11 @@ from points import (
     pick_device,
     print_plan,
     say,
-    signals_ask_to_stop,
     take_lock,
 )
 from records import UserError, atomic_write, check_same, find_record
 
-# -------------------------------------------------------------------------------------------- exit codes
-
+# -------------------------------------------------------------------------------- exit codes and signals
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -107,6 +106,30 @@ def exit_code(main) -> int:
         flush(sys.stderr)
     leave_ranks()
     return code
+
+
+@contextlib.contextmanager
+def signals_ask_to_stop(at_once: bool = False):
+    """Let signals finish the updates under way and save, rather than end the process.
+
+    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
+    """
+
+    def stop(*_):
+        stop_asked.set()
+        if at_once:
+            raise KeyboardInterrupt
+
+    stop_asked.clear()
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- ranks
