@@ -42,7 +42,7 @@ CHUNK = 64  # images that a worker process decodes at a time
 POLL, PATIENCE = 5, 300  # seconds between looks for a request to stop, and until missing images are an error
 STUCK = []  # iterators that are not to be collected: one would wait 5 seconds for each worker that hangs
 QUIET = int(os.environ.get("LOCAL_RANK", 0)) > 0  # the first of a machine's ranks speaks for all
-progress = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
+progress_bar = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
 
 
 class Images:
@@ -173,7 +173,7 @@ def load_folder(folder: Path, size: int = 32):
             print(f"{cache} is damaged ({error}): decoding the images again", file=sys.stderr)
     if not images:
         for paths, _ in parts:
-            pictures = (Image.fromarray(decode(path).numpy()) for path in progress(paths, "decoding"))
+            pictures = (Image.fromarray(decode(path).numpy()) for path in progress_bar(paths, "decoding"))
             images.append(np.stack([p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures]))
         try:
             with atomic_write(cache) as file:
@@ -235,7 +235,7 @@ def list_images(folder: Path, parts: tuple[str, str]):
     digest, found = hashlib.sha256(), []
     for part, names in classes.items():
         paths, labels = [], []
-        for label, name in enumerate(progress(names, f"listing {part}")):
+        for label, name in enumerate(progress_bar(names, f"listing {part}")):
             files = scan(folder / part / name, layout, SUFFIXES)
             if not files:
                 raise UserError(f"--data-dir: {folder / part / name} holds no images ({', '.join(SUFFIXES)})")

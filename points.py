@@ -406,10 +406,10 @@ def print_plan(script, point: Point, args):
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
 
 
-# ---------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------------- display
 
 
-class Progress:
+class Display:
     """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
 
     def __init__(self, point: Point):

@@ -29,8 +29,8 @@ import progress
 import records
 from common import Run, ranks, stop_asked, stream_seed, train
 from points import (
+    Display,
     Point,
-    Progress,
     describe,
     device_name,
     flush,
@@ -364,7 +364,7 @@ def side_by_side(device: torch.device, bs: int) -> int:
 
 def train_side_by_side(point: Point, limit: int, start, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
-    jobs, display, saved, more = {}, Progress(point), time.monotonic(), True
+    jobs, display, saved, more = {}, Display(point), time.monotonic(), True
     try:
         while True:
             if more:
