@@ -542,7 +542,7 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(stream_seed(config["seed"], "dropout"))
 
         self.epoch, self.updates, self.history, self.seconds = 0, 0, [], 0.0  # where the run is
-        self.diverged, self.stopped = False, False
+        self.diverged, self.stopped, self.loss = False, False, None  # see `poll`
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch, see `step`
         self.statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
         momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
@@ -554,7 +554,7 @@ class Run:
             self.stream = torch.cuda.Stream(device) if self.world == 1 else made_on
             self.stream.wait_stream(made_on)
             self.copied = torch.cuda.Event()
-            self.seen = torch.zeros_like(self.totals, device="cpu").pin_memory()
+            self.seen, self.seen_images = torch.zeros_like(self.totals, device="cpu").pin_memory(), 0
 
     def logits(self, model, images, *noise):
         """Logits, in float32 or better."""
@@ -639,14 +639,19 @@ class Run:
             self.step(self.data.feed(batch.split(self.division.micro)) if self.data.on_device else self.feed)
 
     def poll(self):
-        """Update `diverged` and `stopped`. On a GPU the values are one burst old, so the host never waits."""
-        seen = self.totals
+        """Update `diverged`, `stopped`, and `loss`, the epoch's mean so far.
+
+        On a GPU the values are one burst old, so the host never waits.
+        """
+        seen, images = self.totals, (self.updates - self.first) * self.bs
         if self.stream:
             self.copied.synchronize()
             seen = self.seen.clone()
             self.seen.copy_(self.totals, non_blocking=True)
             self.copied.record()
+            images, self.seen_images = self.seen_images, images
         loss, _, stops = seen.tolist()
+        self.loss = loss / images if images else None
         self.diverged = not math.isfinite(loss)
         self.stopped = stops > 0 if self.world > 1 else stop_asked.is_set()
 

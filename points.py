@@ -429,12 +429,19 @@ class Display:
         self.count = f"[{done}/{most}] " if most > 1 else ""
         self.show(runs[-1])
 
-    def show(self, run):
-        """Show where a run is."""
+    def show(self, run, refresh: bool = True):
+        """Show where a run is, with the loss of its last epoch, or of the first one so far."""
         text = f"{self.count}epoch {min(run.epoch + 1, run.config['epochs'])}/{run.config['epochs']} "
-        text += f"loss {run.history[-1]['train_loss']:.3f} " if run.history else ""
+        loss = run.history[-1]["train_loss"] if run.history else run.loss
+        text += f"loss {loss:.3f} " if loss is not None else ""
         tested = [entry["test_accuracy"] for entry in run.history if "test_accuracy" in entry]
-        self.bar.set_description_str(text + (f"test {tested[-1]:.1%} " if tested else ""))
+        self.bar.set_description_str(text + (f"test {tested[-1]:.1%} " if tested else ""), refresh)
+
+    def burst(self, run, images: int):
+        """Count the images of a burst of updates."""
+        if not self.bar.disable and not run.history:
+            self.show(run, refresh=False)
+        self.bar.update(images)
 
     def epoch(self, title: str, run):
         """Show the last entry of a run's history."""

@@ -376,7 +376,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
             for key, job in list(jobs.items()):
                 epoch = job.run.epoch
                 images = advance(job)
-                display.bar.update(images or 0)
+                display.burst(job.run, images or 0)
                 if job.run.epoch > epoch:
                     display.epoch(job.title, job.run)
                     due = due or not data.on_device  # epochs of large images are long
