@@ -31,8 +31,8 @@ def read_lines() -> dict[str, list[str]]:
     return found
 
 
-def point_of(line: str) -> Point:
-    """The point of a command line of either script, by that script's own parser."""
+def parse_line(line: str):
+    """The script of a command line, and the flags by its own parser."""
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -41,7 +41,13 @@ def point_of(line: str) -> Point:
     if found is None:
         raise UserError(f"no command line of this project: {line[:100]}")
     script = importlib.import_module(Path(words[found]).stem).SCRIPT
-    return script.make_point(script.parse_args(words[found + 1 :]))
+    return script, script.parse_args(words[found + 1 :])
+
+
+def point_of(line: str) -> Point:
+    """The point of a command line."""
+    script, flags = parse_line(line)
+    return script.make_point(flags)
 
 
 # ---------------------------------------------------------------------------------------------- failures
