@@ -76,12 +76,12 @@ def exit_code(main) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+    except OwnError as error:
+        complain(str(error))
+        return 2  # without leave_ranks(): the other ranks are still at work
     except UserError as error:
-        its_own = isinstance(error, OwnError)
-        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             complain(str(error))
-        if its_own:
-            return 2
         code = 2
     except OSError as error:
         where = f"{error.filename or 'the disk'}: {error.strerror}"
@@ -429,17 +429,22 @@ def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int
     return limit, True
 
 
+def take_next(point: Point, jobs: dict):
+    """Lock the next missing run that no other process makes: its (rate, seed) and lock, or (None, None)."""
+    for key in point.plan().missing:
+        lock = None if key in jobs else take_lock(point.path(key))
+        if lock and find_record(point.path(key)):  # another process has made it since: the search may go on
+            lock.close()
+            return take_next(point, jobs)
+        if lock:
+            return key, lock
+    return None, None
+
+
 def start_next(point: Point, jobs: dict, start, args):
     """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
-    key, lock = None, contextlib.ExitStack()
-    while ranks()[0] == 0:
-        left = (key for key in point.plan().missing if key not in jobs)
-        taken = ((key, lock) for key in left if (lock := take_lock(point.path(key))))
-        key, lock = next(taken, (None, lock))
-        if key is None or not find_record(point.path(key)):
-            break
-        lock.close()  # another process has made the run since
-    key = agreed(key)
+    key, lock = take_next(point, jobs) if ranks()[0] == 0 else (None, None)
+    key, lock = agreed(key), lock or contextlib.ExitStack()
     if key is None:
         return None, None
     with lock:
