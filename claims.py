@@ -142,11 +142,8 @@ def claim(place, *methods, **options):
     def register(test):
         names = [name_of(method) for method in methods]
         statement = " ".join(test.__doc__.split()).removesuffix(".")
-        CLAIMS.append(
-            Claim(
-                place, statement.format(*names, names=", ".join(names), **options), methods, test, **options
-            )
-        )
+        statement = statement.format(*names, names=", ".join(names), **options)
+        CLAIMS.append(Claim(place, statement, methods, test, **options))
         return test
 
     return register

@@ -109,8 +109,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """All ghost batches at once in plain operations, which a compiler fuses and which ranks can share."""
         parts = x.unflatten(0, (-1, self.ghost if 0 < self.ghost < len(x) else len(x)))
         parts = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
-        dims, ranks = (1, 3, 4), dist.get_world_size(self.group) if self.group else 1
-        size = parts[0, :, 0].numel() * ranks
+        dims, world = (1, 3, 4), dist.get_world_size(self.group) if self.group else 1
+        size = parts[0, :, 0].numel() * world
         mean = SumOverRanks.apply(parts.sum(dims, keepdim=True), self.group) / size
         centred = parts - mean
         var = SumOverRanks.apply(centred.square().sum(dims, keepdim=True), self.group) / size
@@ -705,7 +705,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.updates, self.seconds, self.history = state["place"]
-        self.totals[2] = 0  # whoever asked to stop has been heard
+        self.totals[2] = 0  # requests to stop: they were obeyed when the state was saved
 
 
 def train(run: Run, eval_every: int):

@@ -68,10 +68,8 @@ class Images:
         border = (0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)
         padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
         self.side = padded.shape[1]
-        self.labels, self.pixels = (
-            torch.from_numpy(labels),
-            torch.from_numpy(padded.reshape(-1, 3)).to(device),
-        )
+        self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
+        self.labels = torch.from_numpy(labels)
         crop = torch.arange(self.size)[:, None] * self.side + torch.arange(self.size)
         self.crop = torch.stack([crop.flatten(), crop.flip(1).flatten()]).to(device)  # as it is, and flipped
         self.test = torch.from_numpy(test[0]).flatten(1, 2).to(device), torch.from_numpy(test[1]).to(device)

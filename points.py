@@ -63,7 +63,7 @@ def number(kind, low, high):
             )
         return kind(value)
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it where kind() fails: invalid float value
     return parse
 
 
@@ -278,9 +278,8 @@ def make_point(
     defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
     defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
     defaults["dropout"] *= method.dropout
-    shared = (
-        {"data": args.data_name} | net | {k: getattr(args, k) for k in ("init", "bs", "epochs", *defaults)}
-    )
+    flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
+    shared = {"data": args.data_name} | net | flags
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
     for key in ("dropout", "alpha"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
@@ -378,11 +377,10 @@ def describe(script, point: Point, args, classes: int) -> str:
     rates, many = [power(rate) for rate in sorted(point.rates)], len(point.rates) > 1
     rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
+    rates += "" if args.lr else " (the default)"
     text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
-    text += (
-        f"B {point.shared['bs']}, {epochs} epochs, {rates}{'' if args.lr else ' (the default)'}, {seeds}, "
-    )
-    return text + f"{point.shared['precision']} on {find_device(args.device)}"
+    text += f"B {point.shared['bs']}, {epochs} epochs, {rates}, {seeds}, {point.shared['precision']}"
+    return f"{text} on {find_device(args.device)}"
 
 
 def print_plan(script, point: Point, args):
