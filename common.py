@@ -508,7 +508,7 @@ def share_ghost_batches(norms: list[GhostBatchNorm2d], division: Division, world
         norm.momentum = 1 - (1 - norm.momentum) ** (world // division.ranks_per_ghost)
 
 
-stop_asked = threading.Event()  # set by a signal's handler
+stop_asked = threading.Event()  # set by signals, see runner.signals_ask_to_stop
 
 
 class Run:
@@ -663,7 +663,7 @@ class Run:
         for _ in range(3):  # cuDNN chooses its algorithms
             self.update_on(self.rows[:1])
         self.load(state)
-        for count in {self.burst: None, 1: None}:
+        for count in dict.fromkeys((self.burst, 1)):
             static = self.rows[:count].clone()
             replay, pool = record(functools.partial(self.update_on, static), self.generator, pool)
             self.graphs[count] = static, replay

@@ -377,7 +377,7 @@ class ImageNet:
             for part in images.split(CHUNK):
                 self.wait(answers)
                 part.copy_(next(slots)[: len(part)])
-            if number == len(batches):  # now: a validation after it finds the workers free
+            if number == len(batches):  # before the yield: a validation finds them free
                 self.idle.append(loader)
             parts = images, rows[:, 1] == 1, self.labels[rows[:, 0]]
             yield [part.to(self.device, non_blocking=True) for part in parts]

@@ -369,8 +369,7 @@ def draw(folder, name, caption, rows, looks):
 
 
 def useful(header, rows):
-    """The table without empty columns, and without layers or batch size where they are the same
-    everywhere."""
+    """The table without empty columns, and without layers or batch size where all rows have the same."""
     shown = []
     for i, name in enumerate(header):
         told = {row[i] for row in rows}
@@ -561,14 +560,15 @@ def section_parts(section, looks, home, curves):
         if not (grids - seen if target.table else grids):
             continue
         seen |= grids
-        table, panels = markdown(*table_of(section, target)), []
-        for letter, metric in zip("ab", section.setup.metrics, strict=False) if not target.table else ():
-            panels.append(figure_panel(section, target, metric, target.rates, f"{letter}) {metric.name}"))
-        if panels:
+        table = markdown(*table_of(section, target))
+        if not target.table:
+            panels = []
+            for letter, metric in zip("ab", section.setup.metrics, strict=True):
+                panels.append(figure_panel(section, target, metric, target.rates, f"{letter}) {metric.name}"))
             title = f"{target.title}: {section.title}, {section.depth} layers"
             yield name, draw(folder, name, title, [panels], looks)
-        text = table if target.table else folded("Numbers", table)
-        yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{text}"
+            table = folded("Numbers", table)
+        yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{table}"
     if rest := [grid for grid in section.grids if grid not in seen]:
         rows = [row_of(section, grid.depth, grid.bs, grid.method, grid) for grid in rest]
         yield "", f"**Other runs.**\n\n{markdown(*useful(header_of(section), rows))}"

@@ -70,7 +70,7 @@ def failures(folder: Path, since: float = 0.0) -> dict[str, Failure]:
     for log in sorted(filter(lambda log: times[log] >= since, times), key=times.get):
         with open(log, "rb") as file:
             line = file.readline().decode(errors="replace").strip()
-            file.seek(max(0, file.tell() - 1, log.stat().st_size - 10_000))
+            file.seek(max(0, file.tell() - 1, log.stat().st_size - 10_000))  # its end is enough
             text, _, code = file.read().decode(errors="replace").rstrip().rpartition("\nexit ")
         if code.isdigit():
             last[line] = Failure(line, int(code), reason(int(code), text), log)

@@ -509,13 +509,12 @@ def finish(point: Point, key, job: Job, args, concurrent: int):
 def outcome(run: Run, concurrent: int) -> dict:
     """The record of a run; a diverged run has no final numbers."""
     record = {"config": run.config, "status": "diverged" if run.diverged else "done", "history": run.history}
-    keys = ["test_accuracy", "train_loss", "train_objective"]
     if run.diverged:
-        record |= {"final": dict.fromkeys(keys), "diverged_at_step": run.updates}
+        record |= {"final": dict.fromkeys(records.FINAL), "diverged_at_step": run.updates}
     else:
         last = run.history[-1]
         last = last | {"train_objective": last["train_loss"] + last["l2"]}
-        record["final"] = {key: last[key] for key in (*keys, "test_top5") if key in last}
+        record["final"] = {key: last[key] for key in (*records.FINAL, "test_top5") if key in last}
         seconds = sum(entry["seconds"] for entry in run.history)
         record["images_per_second"] = run.updates * run.bs / seconds
     keys = ("name", "fingerprint", "classes", "train_images", "test_images")
