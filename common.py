@@ -514,8 +514,9 @@ stop_asked = threading.Event()  # set by signals, see runner.signals_ask_to_stop
 class Run:
     """One training run. It owns its net, optimizer and random numbers: its configuration decides its result.
 
-    `data` is `data.Images` or `data.ImageNet`, or has the same attributes and methods. Raises UserError for a
-    batch larger than the data set, or one that cannot be divided (`divide_batch`).
+    `data` is `data.Images` or `data.ImageNet`, or has the same attributes and methods. A pass has at most
+    `micro` images, 0: chosen for speed; `halvings` are those of `learning_rate`. Raises UserError for a batch
+    larger than the data set, or one that cannot be divided (`divide_batch`).
     """
 
     def __init__(self, config, net, data, device, micro=0, halvings=10, compiled=False):
