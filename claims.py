@@ -1,6 +1,6 @@
 """The statements of the paper, and whether runs bear them out.
 
-A claim is a function whose docstring is the statement, or a row of "A is better than B". It gets the points
+A claim is a function whose docstring is the statement, or a row of "A is better than B". It gets the results
 of its figure or table from one section (paper.py) and returns a verdict, which is `undecided` where learning
 rates that were not tried could change it.
 """
@@ -47,24 +47,24 @@ def every(verdicts):
 
 
 def compare(first, second, by=0.0):
-    """Whether the first point is better than the second by more than `by`; divergence is the worst score."""
+    """Whether the first result is better than the second by more than `by`; divergence is the worst score."""
     lead = 0.0 if first.score == second.score else first.score - second.score
     return decide(lead - by, max(first.error, second.error), first.open, second.open)
 
 
 def not_behind(first, second, by):
-    """Whether the first point is at most so far behind the second."""
+    """Whether the first result is at most so far behind the second."""
     return decide(first.score - second.score + by + TINY, 0, first.open, second.open)
 
 
 def overlap(first, second):
-    """Whether the bars of one standard deviation of two points overlap."""
+    """Whether the bars of one standard deviation of two results overlap."""
     bars = first.std + second.std
     return every([not_behind(first, second, bars), not_behind(second, first, bars)])
 
 
 def grows(first, second, low=-math.inf, high=math.inf):
-    """Whether the rate grows from one point to another by 2^low to 2^high, as far as the tied rates tell."""
+    """Whether the rate grows from one result to another by 2^low to 2^high, as far as the tied rates tell."""
     above, below = second.low - first.high - high, low - second.high + first.low
     up, down = second.up or first.down, second.down or first.up
     fall = (up and high < math.inf) or (down and low > -math.inf)
@@ -72,24 +72,24 @@ def grows(first, second, low=-math.inf, high=math.inf):
 
 
 def higher_rate(first, second):
-    """Whether all tied rates of the first point are above those of the second."""
+    """Whether all tied rates of the first result are above those of the second."""
     lead = max(0, first.low - second.high) - max(0, second.low - first.high)
     return decide(lead, 0, first.up or second.down, first.down or second.up)
 
 
 def rows(*lines):
-    """The points of several lines at each x that all of them have."""
-    at = [{point.x: point for point in line} for line in lines]
+    """The results of several lines at each x that all of them have."""
+    at = [{result.x: result for result in line} for line in lines]
     return [[line[x] for line in at] for x in at[0] if all(x in line for line in at)]
 
 
 def small(line):
-    """The points of a line over its first factor of 4."""
-    return [point for point in line if point.x <= 4 * line[0].x]
+    """The results of a line over its first factor of 4."""
+    return [result for result in line if result.x <= 4 * line[0].x]
 
 
 def best_of(line):
-    return max(line, key=lambda point: point.score)
+    return max(line, key=lambda result: result.score)
 
 
 # ---------------------------------------------------------------------------------------------------- claims
@@ -102,17 +102,17 @@ class Claim:
     place: str
     statement: str
     methods: tuple
-    test: object  # gets the section and the points of each method, and returns a verdict
+    test: object  # gets the section and the results of each method, and returns a verdict
     metric: Metric = ACCURACY
     low: int = 1  # batch sizes or depths from
     high: float = math.inf  # and to
     least: int = 1  # so many of them are needed
     reach: int = 1  # and one this large; of batch sizes a quarter, where the budget is not the paper's
     start: float = math.inf  # and one this small
-    runs: int = 1  # so many runs of each point are needed
+    runs: int = 1  # so many runs behind each result are needed
     rates: bool = False  # about optimal rates, which are told in place of what they reach
     both: bool = False  # both are told
-    worst: bool = False  # a point that diverged at every rate is the worst; in other claims it drops out
+    worst: bool = False  # a result that diverged at every rate is the worst; in other claims it drops out
     paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
     leads: bool = False  # the smallest lead is told in place of all numbers
 
@@ -142,11 +142,8 @@ def claim(place, *methods, **options):
     def register(test):
         names = [name_of(method) for method in methods]
         statement = " ".join(test.__doc__.split()).removesuffix(".")
-        CLAIMS.append(
-            Claim(
-                place, statement.format(*names, names=", ".join(names), **options), methods, test, **options
-            )
-        )
+        statement = statement.format(*names, names=", ".join(names), **options)
+        CLAIMS.append(Claim(place, statement, methods, test, **options))
         return test
 
     return register
@@ -178,8 +175,8 @@ def reaches(place, statement, methods, floor, **options):
     """Add the claim that methods reach an accuracy with the paper's data, network and budget."""
 
     def reach(section, *lines):
-        points = [point for line in lines for point in line]
-        return every(decide(p.score - floor, p.error, p.open or p.untried) for p in points)
+        results = [result for line in lines for result in line]
+        return every(decide(r.score - floor, r.error, r.open or r.untried) for r in results)
 
     CLAIMS.append(Claim(place, statement, methods, reach, worst=True, paper=True, **options))
 
@@ -192,19 +189,19 @@ better("Fig. 1a", "bn", "none")
 @claim("Fig. 1a", "bn", "none", least=2, worst=True)
 def higher_after_tuning(section, bn, none):
     """Batch Normalization is over one point better, each at its best batch size and learning rate."""
-    rise, fall = (any(point.open for point in line) for line in (bn, none))
+    rise, fall = (any(result.open for result in line) for line in (bn, none))
     return decide(best_of(bn).score - best_of(none).score - 0.01, best_of(none).error, rise, fall)
 
 
 def median(line):
-    return sorted(line, key=lambda point: point.score)[len(line) // 2]
+    return sorted(line, key=lambda result: result.score)[len(line) // 2]
 
 
 @claim("Fig. 1a", *THREE, least=2, runs=2, high=64)
 @claim("Fig. 3a", "zeroinit", least=3, runs=2, high=256)
 def independent_of_batch_size(section, *lines):
     """The accuracy does not depend on B for B ≤ {high}: {names} (deviation bars overlap the median's)."""
-    return every(overlap(point, median(line)) for line in lines for point in line)
+    return every(overlap(result, median(line)) for line in lines for result in line)
 
 
 @claim("Fig. 1a", *THREE, least=3, reach=4096)
@@ -227,8 +224,8 @@ def efficient_sizes(section, *lines):
     """The largest efficient B (within a point of the best) is at least 8 times smaller for {0} than {1}."""
     bounds = []
     for line in lines:
-        size = max(point.x for point in line if point.score >= best_of(line).score - 0.01)
-        known = not any(point.open for point in line)
+        size = max(result.x for result in line if result.score >= best_of(line).score - 0.01)
+        known = not any(result.open for result in line)
         bounds.append((size if known else 0, size if known and size < line[-1].x else math.inf))
     (its_low, its_high), (low, high) = bounds
     return HOLDS if low >= 8 * its_high else FAILS if high < 8 * its_low else UNDECIDED
@@ -262,7 +259,7 @@ def loss_degrades(section, *lines):
     """The training loss of {0} grows by a greater factor from the smallest to the largest B than {1}'s."""
     (more, less), *_, (more_end, less_end) = rows(*lines)
     lead = math.log(more_end.score / more.score) - math.log(less_end.score / less.score)
-    error = max(point.error / -point.score for point in (more, less, more_end, less_end))
+    error = max(result.error / -result.score for result in (more, less, more_end, less_end))
     return decide(lead, error, more.open or less_end.open, more_end.open or less.open)
 
 
@@ -279,15 +276,18 @@ def similar_losses(section, *lines):
 @claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, least=2, rates=True)
 def proportional(section, *lines):
     """The optimal rate is proportional to B when B is small (over a factor of 4, as B^0.5 to B^1.5)."""
-    ends = [(points[0], points[-1], math.log2(points[-1].x / points[0].x)) for points in map(small, lines)]
-    return every(grows(start, end, 0.5 * span, 1.5 * span) for start, end, span in ends)
+    found = []
+    for line in map(small, lines):
+        span = math.log2(line[-1].x / line[0].x)
+        found.append(grows(line[0], line[-1], 0.5 * span, 1.5 * span))
+    return every(found)
 
 
 @claim("Fig. 2a", *THREE, least=4, reach=4096, rates=True)
 @claim("Fig. 2b", *THREE, metric=LOSS, least=4, reach=4096, rates=True)
 def saturates(section, *lines):
     """The optimal rate saturates when B is large (over the last factor of 4 it grows slower than B^0.5)."""
-    ends = [(next(point for point in line if 4 * point.x >= line[-1].x), line[-1]) for line in lines]
+    ends = [(next(result for result in line if 4 * result.x >= line[-1].x), line[-1]) for line in lines]
     return every(grows(start, end, high=0.5 * math.log2(end.x / start.x) - 0.1) for start, end in ends)
 
 
@@ -305,9 +305,9 @@ def saturation_rates(section, *lines):
     """The optimal rate saturates at 2^4 with normalization, 2^-3 without and 2^1 with ZeroInit (factor 2)."""
     found = []
     for limit, line in zip(SATURATION.values(), lines, strict=True):
-        top = max(line, key=lambda point: point.high)
-        found += [decide(limit + 1 - point.low + TINY, 0, point.down, point.up) for point in line]
-        found += [decide(top.high - limit + 1 + TINY, 0, any(point.up for point in line), top.down)]
+        top = max(line, key=lambda result: result.high)
+        found += [decide(limit + 1 - result.low + TINY, 0, result.down, result.up) for result in line]
+        found += [decide(top.high - limit + 1 + TINY, 0, any(result.up for result in line), top.down)]
     return every(found)
 
 
@@ -330,14 +330,14 @@ def rate_is_not_the_reason(section, *lines):
 @claim("Section 6", "bn", least=3, reach=1024, runs=2)
 def small_rates_suffice(section, bn):
     """Batch Normalization is as accurate at the smallest B as at its largest rate (8 times or more)."""
-    top = max(bn, key=lambda point: point.low)
+    top = max(bn, key=lambda result: result.low)
     return every([not_behind(bn[0], top, bn[0].std + top.std), grows(bn[0], top, low=3)])
 
 
-def keeps(section, point, shallow):
+def keeps(section, result, shallow):
     """Whether a network trains as well as a shallow one; what is compared depends on the budget."""
     floor = shallow.score - 0.02 if section.budget else 0.8 * shallow.score
-    return decide(point.score - floor + TINY, 0, point.open or point.untried, shallow.open)
+    return decide(result.score - floor + TINY, 0, result.open or result.untried, shallow.open)
 
 
 @claim("Section 2", "none", "bn", least=2, reach=40, worst=True)
@@ -354,7 +354,7 @@ def plain_fails_at_depth(section, none, bn):
 @claim("Table 3", "scalar", least=2, reach=100, worst=True)
 def trains_very_deep(section, line):
     """{0} trains very deep networks (within 2 points of the shallowest; at another budget, 80% of it)."""
-    return every(keeps(section, point, line[0]) for point in line[1:])
+    return every(keeps(section, result, line[0]) for result in line[1:])
 
 
 @claim("Table 2", "bn", "zeroinit", least=2, reach=100, rates=True)
@@ -419,17 +419,18 @@ def number(grid, metric, mean, std=None):
     return " ± ".join(f"{scale * value:.{digits}f}" for value in (mean, std) if value is not None)
 
 
-def tell(point, rates=False, both=False):
-    """What is said of a point: its number, or its optimal rate."""
-    if not point.best:
+def tell(result, rates=False, both=False):
+    """What is said of a result: its number, or its optimal rate."""
+    best = result.best
+    if not best:
         return "diverged"
-    text, rate = number(point.grid, point.metric, point.best.mean, point.best.std), power(point.best.rate)
-    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if point.open else "")
+    text, rate = number(result.grid, result.metric, best.mean, best.std), power(best.rate)
+    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if result.open else "")
 
 
-def places(claim, points):
-    """Where points are: B 16, 64 or 16, 100 layers."""
-    xs = ", ".join(str(point.x) for point in points)
+def places(claim, results):
+    """Where results stand: B 16, 64 or 16, 100 layers."""
+    xs = ", ".join(str(result.x) for result in results)
     return f"{xs} layers" if TARGETS[claim.target].deep else f"B {xs}"
 
 
@@ -442,9 +443,9 @@ def numbers(claim, lines):
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
     for method, line in lines.items():
-        few = sorted({line[0], best_of(line), line[-1]}, key=lambda point: point.x)
+        few = sorted({line[0], best_of(line), line[-1]}, key=lambda result: result.x)
         chosen = few if len(line) > 4 and not claim.rates else line
-        told = ", ".join(tell(point, claim.rates, claim.both) for point in chosen)
+        told = ", ".join(tell(result, claim.rates, claim.both) for result in chosen)
         texts.append(f"{name_of(method)} {told} ({places(claim, chosen)})")
     return "; ".join(texts)
 
@@ -478,7 +479,7 @@ def lacking(section, claim, lines):
         return f"no {axis} of {reach:g} or more", False
     if max(line[0].x for line in lines.values()) > claim.start:
         return f"no {axis} of {claim.start:g} or less", False
-    bests = [point.best for line in lines.values() for point in line if point.best]
+    bests = [result.best for line in lines.values() for result in line if result.best]
     return ("two runs of each point are needed" if any(len(b.kept) < claim.runs for b in bests) else ""), True
 
 
@@ -492,27 +493,27 @@ def judge(section, claim):
         return None
     found, lines, lost = section.lines(target, claim.metric) if section.shown(target) else {}, {}, []
     for method in claim.methods:
-        inside = [point for point in found.get(method, ()) if claim.low <= point.x <= claim.high]
-        lines[method] = [point for point in inside if point.best or claim.worst]
-        dropped = [point for point in inside if point not in lines[method]]
+        inside = [result for result in found.get(method, ()) if claim.low <= result.x <= claim.high]
+        lines[method] = [result for result in inside if result.best or claim.worst]
+        dropped = [result for result in inside if result not in lines[method]]
         lost += [f"{name_of(method)} diverged at every rate at {places(claim, dropped)}"] if dropped else []
-    points = [point for line in lines.values() for point in line]
-    runs = sorted({(point.best.runs, len(point.best.kept)) for point in points if point.best})
+    results = [result for line in lines.values() for result in line]
+    runs = sorted({(result.best.runs, len(result.best.kept)) for result in results if result.best})
     seeds = " to ".join(dict.fromkeys(f"{best} of {n}" for n, best in runs[:1] + runs[-1:]))
     ours = [numbers(claim, lines)] if all(lines.values()) else []
     answer = Answer(claim, UNDECIDED, section, "; ".join(ours + lost), seeds)
     reason, here = lacking(section, claim, lines)
     sweep = functools.partial(command, section, claim.target)
     if reason:
-        xs = {point.x for line in found.values() for point in line if claim.low <= point.x <= claim.high}
+        xs = {result.x for line in found.values() for result in line if claim.low <= result.x <= claim.high}
         return replace(answer, reason=reason, command=sweep(xs if here and target.least > 1 else ()))
     verdict = claim.test(section, *lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
-    edges = [point for point in points if point.open or point.untried]
-    words = [f"{name_of(point.grid.method)} at {places(claim, [point])}" for point in edges]
+    edges = [result for result in results if result.open or result.untried]
+    words = [f"{name_of(result.grid.method)} at {places(claim, [result])}" for result in edges]
     reason = f"an optimum is on the edge: {', '.join(words)}" if edges else "the range is too small"
-    xs = {point.x for point in edges} if target.least > 1 else ()  # one batch size, or the paper's three
+    xs = {result.x for result in edges} if target.least > 1 else ()  # one batch size, or the paper's three
     return replace(answer, reason=reason, command=sweep(xs))
 
 

@@ -109,8 +109,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """All ghost batches at once in plain operations, which a compiler fuses and which ranks can share."""
         parts = x.unflatten(0, (-1, self.ghost if 0 < self.ghost < len(x) else len(x)))
         parts = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
-        dims, ranks = (1, 3, 4), dist.get_world_size(self.group) if self.group else 1
-        size = parts[0, :, 0].numel() * ranks
+        dims, world = (1, 3, 4), dist.get_world_size(self.group) if self.group else 1
+        size = parts[0, :, 0].numel() * world
         mean = SumOverRanks.apply(parts.sum(dims, keepdim=True), self.group) / size
         centred = parts - mean
         var = SumOverRanks.apply(centred.square().sum(dims, keepdim=True), self.group) / size
@@ -508,14 +508,15 @@ def share_ghost_batches(norms: list[GhostBatchNorm2d], division: Division, world
         norm.momentum = 1 - (1 - norm.momentum) ** (world // division.ranks_per_ghost)
 
 
-stop_asked = threading.Event()  # set by a signal's handler
+stop_asked = threading.Event()  # set by signals, see runner.signals_ask_to_stop
 
 
 class Run:
     """One training run. It owns its net, optimizer and random numbers: its configuration decides its result.
 
-    `data` is `data.Images` or `data.ImageNet`, or has the same attributes and methods. Raises UserError for a
-    batch larger than the data set, or one that cannot be divided (`divide_batch`).
+    `data` is `data.Images` or `data.ImageNet`, or has the same attributes and methods. A pass has at most
+    `micro` images, 0: chosen for speed; `halvings` are those of `learning_rate`. Raises UserError for a batch
+    larger than the data set, or one that cannot be divided (`divide_batch`).
     """
 
     def __init__(self, config, net, data, device, micro=0, halvings=10, compiled=False):
@@ -542,7 +543,7 @@ class Run:
         self.generator = torch.Generator(device).manual_seed(stream_seed(config["seed"], "dropout"))
 
         self.epoch, self.updates, self.history, self.seconds = 0, 0, [], 0.0  # where the run is
-        self.diverged, self.stopped = False, False
+        self.diverged, self.stopped, self.loss = False, False, None  # see `poll`
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch, see `step`
         self.statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
         momenta = [s["momentum_buffer"] for s in self.optimizer.state.values()]
@@ -554,7 +555,7 @@ class Run:
             self.stream = torch.cuda.Stream(device) if self.world == 1 else made_on
             self.stream.wait_stream(made_on)
             self.copied = torch.cuda.Event()
-            self.seen = torch.zeros_like(self.totals, device="cpu").pin_memory()
+            self.seen, self.seen_images = torch.zeros_like(self.totals, device="cpu").pin_memory(), 0
 
     def logits(self, model, images, *noise):
         """Logits, in float32 or better."""
@@ -639,14 +640,19 @@ class Run:
             self.step(self.data.feed(batch.split(self.division.micro)) if self.data.on_device else self.feed)
 
     def poll(self):
-        """Update `diverged` and `stopped`. On a GPU the values are one burst old, so the host never waits."""
-        seen = self.totals
+        """Update `diverged`, `stopped`, and `loss`, the epoch's mean so far.
+
+        On a GPU the values are one burst old, so the host never waits.
+        """
+        seen, images = self.totals, (self.updates - self.first) * self.bs
         if self.stream:
             self.copied.synchronize()
             seen = self.seen.clone()
             self.seen.copy_(self.totals, non_blocking=True)
             self.copied.record()
+            images, self.seen_images = self.seen_images, images
         loss, _, stops = seen.tolist()
+        self.loss = loss / images if images else None
         self.diverged = not math.isfinite(loss)
         self.stopped = stops > 0 if self.world > 1 else stop_asked.is_set()
 
@@ -658,7 +664,7 @@ class Run:
         for _ in range(3):  # cuDNN chooses its algorithms
             self.update_on(self.rows[:1])
         self.load(state)
-        for count in {self.burst: None, 1: None}:
+        for count in dict.fromkeys((self.burst, 1)):
             static = self.rows[:count].clone()
             replay, pool = record(functools.partial(self.update_on, static), self.generator, pool)
             self.graphs[count] = static, replay
@@ -700,7 +706,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.updates, self.seconds, self.history = state["place"]
-        self.totals[2] = 0  # whoever asked to stop has been heard
+        self.totals[2] = 0  # requests to stop: they were obeyed when the state was saved
 
 
 def train(run: Run, eval_every: int):

@@ -8,7 +8,6 @@ A line's target is its comment: `python wrn_cifar.py --init bn --seeds 15 --sear
 import json
 import math
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-import resnet_imagenet
-import wrn_cifar
 from common import METHODS, epoch_end
+from paper import WHOLE
 from points import device_name, find_device
-from progress import read_lines
+from progress import parse_line, read_lines
 from records import UserError, plan
 
-SCRIPTS = {"wrn_cifar.py": wrn_cifar.SCRIPT, "resnet_imagenet.py": resnet_imagenet.SCRIPT}
-WHOLE, GHOST = "bn (whole batch)", 64  # ghost batches of Wide-ResNets whose method is "bn"
+GHOST = 64  # images in a ghost batch of a Wide-ResNet whose method is "bn", not WHOLE
 IMAGENET = 1_281_167  # training images
 
 
@@ -125,11 +122,8 @@ def cost(folder: Path):
     """
     records, known, targets, notes = read_records(folder), {}, {}, {}
     for target, line in ((target, line) for target, lines in read_lines().items() for line in lines):
-        before, name, words = [*re.split(r"(\w+\.py)", line, maxsplit=1), "", ""][:3]
-        if name not in SCRIPTS:
-            raise UserError(f"no command line of this project: {line}")
-        script, ranks = SCRIPTS[name], re.search(r"nproc.per.node.(\d+)", before)
-        flags = script.parse_args(shlex.split(words))
+        script, flags = parse_line(line)
+        ranks = re.search(r"nproc.per.node.(\d+)", line)
         point, hours = script.make_point(flags), math.nan
         config = point.config((point.rates[0], point.seeds[0]))
         try:

@@ -42,7 +42,7 @@ CHUNK = 64  # images that a worker process decodes at a time
 POLL, PATIENCE = 5, 300  # seconds between looks for a request to stop, and until missing images are an error
 STUCK = []  # iterators that are not to be collected: one would wait 5 seconds for each worker that hangs
 QUIET = int(os.environ.get("LOCAL_RANK", 0)) > 0  # the first of a machine's ranks speaks for all
-progress = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
+progress_bar = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
 
 
 class Images:
@@ -68,10 +68,8 @@ class Images:
         border = (0, 0), (self.pad, self.pad), (self.pad, self.pad), (0, 0)
         padded = np.pad(images, border, mode="constant" if pad_mode == "zeros" else "reflect")
         self.side = padded.shape[1]
-        self.labels, self.pixels = (
-            torch.from_numpy(labels),
-            torch.from_numpy(padded.reshape(-1, 3)).to(device),
-        )
+        self.pixels = torch.from_numpy(padded.reshape(-1, 3)).to(device)
+        self.labels = torch.from_numpy(labels)
         crop = torch.arange(self.size)[:, None] * self.side + torch.arange(self.size)
         self.crop = torch.stack([crop.flatten(), crop.flip(1).flatten()]).to(device)  # as it is, and flipped
         self.test = torch.from_numpy(test[0]).flatten(1, 2).to(device), torch.from_numpy(test[1]).to(device)
@@ -173,7 +171,7 @@ def load_folder(folder: Path, size: int = 32):
             print(f"{cache} is damaged ({error}): decoding the images again", file=sys.stderr)
     if not images:
         for paths, _ in parts:
-            pictures = (Image.fromarray(decode(path).numpy()) for path in progress(paths, "decoding"))
+            pictures = (Image.fromarray(decode(path).numpy()) for path in progress_bar(paths, "decoding"))
             images.append(np.stack([p.resize((size, size), Image.Resampling.BICUBIC) for p in pictures]))
         try:
             with atomic_write(cache) as file:
@@ -235,7 +233,7 @@ def list_images(folder: Path, parts: tuple[str, str]):
     digest, found = hashlib.sha256(), []
     for part, names in classes.items():
         paths, labels = [], []
-        for label, name in enumerate(progress(names, f"listing {part}")):
+        for label, name in enumerate(progress_bar(names, f"listing {part}")):
             files = scan(folder / part / name, layout, SUFFIXES)
             if not files:
                 raise UserError(f"--data-dir: {folder / part / name} holds no images ({', '.join(SUFFIXES)})")
@@ -379,7 +377,7 @@ class ImageNet:
             for part in images.split(CHUNK):
                 self.wait(answers)
                 part.copy_(next(slots)[: len(part)])
-            if number == len(batches):  # now: a validation after it finds the workers free
+            if number == len(batches):  # before the yield: a validation finds them free
                 self.idle.append(loader)
             parts = images, rows[:, 1] == 1, self.labels[rows[:, 0]]
             yield [part.to(self.device, non_blocking=True) for part in parts]

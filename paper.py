@@ -93,7 +93,7 @@ class Target:
     barred: tuple = ()  # those that are not, because another table has them
 
 
-METHODS = {n: tuple(method for table, method in CELLS if table == n) for n in PLACES}
+OF_TABLE = {n: tuple(method for table, method in CELLS if table == n) for n in PLACES}  # methods
 LARGE = {"methods": ("bn", "none", "zeroinit"), "sizes": (16, math.inf)}
 SMALL = {"methods": (WHOLE, "none", "zeroinit"), "sizes": (1, 1024), "whole": True}
 DEEP = {"width": 2, "deep": True}
@@ -102,13 +102,13 @@ TARGETS = {
     "fig2": Target("Figure 2", "The optimal learning rates of Figure 1", rates=True, **LARGE),
     "fig3": Target("Figure 3", "As Figure 1, with batch statistics over the whole batch", **SMALL),
     "fig4": Target("Figure 4", "The optimal learning rates of Figure 3", rates=True, **SMALL),
-    "table1": Target("Table 1", "The components of ZeroInit", METHODS[1], table=1, least=1),
-    "table2": Target("Table 2", "The effect of depth", METHODS[2], table=2, barred=METHODS[3], **DEEP),
+    "table1": Target("Table 1", "The components of ZeroInit", OF_TABLE[1], table=1, least=1),
+    "table2": Target("Table 2", "The effect of depth", OF_TABLE[2], table=2, barred=OF_TABLE[3], **DEEP),
     "table3": Target(
-        "Table 3", "ZeroInit without L2; its scalar alone", METHODS[3], table=3, more=False, **DEEP
+        "Table 3", "ZeroInit without L2; its scalar alone", OF_TABLE[3], table=3, more=False, **DEEP
     ),
-    "table4": Target("Table 4", "ResNet-50-V2", METHODS[4], None, table=4, version="v2", least=1),
-    "table5": Target("Table 5", "ResNet-50-V1", METHODS[5], None, table=5, version="v1", least=1),
+    "table4": Target("Table 4", "ResNet-50-V2", OF_TABLE[4], None, table=4, version="v2", least=1),
+    "table5": Target("Table 5", "ResNet-50-V1", OF_TABLE[5], None, table=5, version="v1", least=1),
 }
 
 
@@ -178,11 +178,12 @@ class Grid:
         return self.optima[metric]
 
 
-class Point:
+class Result:
     """One method at one batch size or depth `x`, at its optimal rate for a metric.
 
-    An optimum on the edge of its grid is `open`: with more rates its score could only rise. `low` and `high`
-    are the exponents of the tied rates; `up` and `down` say that the optimal rate may be higher or lower.
+    Its `score` is the metric's mean, negated where less is better; minus infinity if every rate diverged. An
+    optimum on the edge of its grid is `open`: with more rates its score could only rise. `low` and `high` are
+    the exponents of the tied rates; `up` and `down` say that the optimal rate may be higher or lower.
     """
 
     def __init__(self, x, grid, metric):
@@ -212,9 +213,9 @@ class Section:
         depths, sizes = Counter(depth for depth, _ in places), Counter(bs for _, bs in places)
         self.depth = max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))  # of the figures
         self.bs = max(sorted(sizes), key=lambda bs: (bs == 64, sizes[bs]))  # of Tables 1 to 3
-        ours = {key: self.config.get(key, paper) for key, paper in self.setup.protocol.items()}
-        same = [key for key in ours if str(ours[key]).lower() == str(self.setup.protocol[key]).lower()]
-        self.differences = {key: ours[key] for key in ours if key not in same}  # from the paper's protocol
+        paper = self.setup.protocol
+        ours = {key: self.config.get(key, value) for key, value in paper.items()}
+        self.differences = {key: it for key, it in ours.items() if str(it).lower() != str(paper[key]).lower()}
         self.budget = not self.differences.keys() & {"epochs", "train_size", "image_size"}  # the paper's
 
     def network(self, target):
@@ -226,28 +227,43 @@ class Section:
         return "data" not in self.differences and self.network(target)
 
     def lines(self, target, metric):
-        """{method: points in order} of a figure or table, for every method that was run."""
-        small = any(grid.method == WHOLE or grid.bs < 16 for grid in self.grids)
-        large = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)
-        shared = not target.table and not (small if target.whole else large or not small)
-        if shared or metric not in self.setup.metrics or self.config.get("version") != target.version:
-            return {}  # Figures 1 and 3 share points, and each needs some of its own
-        lines, (low, high) = {}, target.sizes
+        """{method: results in order} of a figure or table, for every method that was run."""
+        if self.config.get("version") != target.version or metric not in self.setup.metrics:
+            return {}
+        if not target.table and not self.has_figure(target):
+            return {}
+        lines = {}
         for grid in self.grids:
-            whole = target.whole and grid.method == "bn" and grid.bs <= self.setup.ghost  # one ghost batch
-            method, x = WHOLE if whole else grid.method, grid.depth if target.deep else grid.bs
-            tabled = target.version or (grid.bs == self.bs and (target.deep or grid.depth == 16))
-            figure = grid.depth == self.depth and low <= grid.bs <= high
-            if tabled if target.table else figure and method != ("bn" if target.whole else WHOLE):
-                lines.setdefault(method, []).append(Point(x, grid, metric))
+            if method := self.method_in(target, grid):
+                x = grid.depth if target.deep else grid.bs
+                lines.setdefault(method, []).append(Result(x, grid, metric))
         return lines
+
+    def has_figure(self, target):
+        """True if a figure has runs of its own; where there are none, those that all share are Figure 1's."""
+        third = any(grid.method == WHOLE or grid.bs < 16 for grid in self.grids)  # and fourth
+        first = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)  # and second
+        return third if target.whole else first or not third
+
+    def method_in(self, target, grid):
+        """As which method a figure or table shows a grid; None if it does not show it."""
+        if target.version:
+            return grid.method
+        if target.table:
+            return grid.method if grid.bs == self.bs and (target.deep or grid.depth == 16) else None
+        low, high = target.sizes
+        if grid.depth != self.depth or not low <= grid.bs <= high:
+            return None
+        if target.whole and grid.method == "bn":  # one ghost batch is the whole batch
+            return WHOLE if grid.bs <= self.setup.ghost else None
+        return None if grid.method == WHOLE and not target.whole else grid.method
 
     def shown(self, target, metric=ACCURACY):
         """The lines of a figure or table that are shown, the paper's methods first; empty if not run."""
         lines, barred = self.lines(target, metric), target.methods + target.barred
         others = [m for m in lines if m not in barred and len(lines[m]) >= target.least and target.more]
         chosen = {m: lines[m] for m in (*target.methods, *others) if m in lines}
-        xs = {point.x for line in chosen.values() for point in line}
+        xs = {result.x for line in chosen.values() for result in line}
         return chosen if len(xs) >= target.least or (self.beside(target) and target.table) else {}
 
 

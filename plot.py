@@ -109,12 +109,12 @@ def value_mark(x, metric, stat, **more):
     return Mark(x, scale * stat.mean, *[scale * (stat.std or 0.0)] * 2, **more)
 
 
-def point_mark(point, rates):
-    """A mark at what a point reaches, or at its optimal rate with the bracket of the rates tied with it."""
-    best = point.best
+def result_mark(result, rates):
+    """A mark at what a result reaches, or at its optimal rate with the bracket of the rates tied with it."""
+    best = result.best
     if best and rates:
-        return Mark(point.x, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, point.open)
-    return value_mark(point.x, point.metric, best, edge=point.open)
+        return Mark(result.x, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, result.open)
+    return value_mark(result.x, result.metric, best, edge=result.open)
 
 
 def paper_lines(section, target, metric, rates, methods):
@@ -127,7 +127,7 @@ def paper_lines(section, target, metric, rates, methods):
         if method in light and here and target.deep == bool(cell.rates) and value is not None:
             light[method].append(Mark(depth if target.deep else bs, value))
     if target is TARGETS["fig2"] and metric is ACCURACY and section.beside(target):
-        last = max(point.x for line in section.shown(target).values() for point in line)
+        last = max(result.x for line in section.shown(target).values() for result in line)
         light |= {method: [Mark(last, 2.0 ** SATURATION[method])] for method in SATURATION if method in light}
     return [Line(method, marks, paper=True) for method, marks in light.items() if marks]
 
@@ -135,7 +135,7 @@ def paper_lines(section, target, metric, rates, methods):
 def figure_panel(section, target, metric, rates, title=""):
     """What the methods reach, or their optimal rates, against batch size or depth."""
     shown = section.shown(target, metric)
-    lines = [Line(method, [point_mark(point, rates) for point in line]) for method, line in shown.items()]
+    lines = [Line(method, [result_mark(result, rates) for result in line]) for method, line in shown.items()]
     lines += paper_lines(section, target, metric, rates, shown)
     axis, label = DEPTH if target.deep else SIZE, "optimal learning rate"
     return Panel(title, axis, label if rates else label_of(section, metric), lines, None if rates else metric)
@@ -369,8 +369,7 @@ def draw(folder, name, caption, rows, looks):
 
 
 def useful(header, rows):
-    """The table without empty columns, and without layers or batch size where they are the same
-    everywhere."""
+    """The table without empty columns, and without layers or batch size where all rows have the same."""
     shown = []
     for i, name in enumerate(header):
         told = {row[i] for row in rows}
@@ -437,10 +436,10 @@ def header_of(section):
 def figure_table(section, target):
     """Header and rows of a figure: each method's numbers, or optimal rates, at each batch size."""
     found = [(metric, section.shown(target, metric)) for metric in section.setup.metrics]
-    sizes, rows = sorted({point.x for _, lines in found for line in lines.values() for point in line}), []
+    sizes, rows = sorted({result.x for _, lines in found for line in lines.values() for result in line}), []
     for metric, lines in found:
         for method, line in lines.items():
-            texts = {point.x: best_text(point.grid, metric)[target.rates] for point in line}
+            texts = {result.x: best_text(result.grid, metric)[target.rates] for result in line}
             rows.append([label_of(section, metric), name_of(method), *(texts.get(x, "–") for x in sizes)])
     return ["", "Batch size", *sizes], rows
 
@@ -557,18 +556,19 @@ def section_parts(section, looks, home, curves):
         yield "depth", draw(folder, "depth", title, depth_panels(section), looks)
     for name in ("fig1", "fig2", "fig3", "fig4", "table2", "table3", "table4", "table5", "table1"):
         target = TARGETS[name]
-        grids = {point.grid for line in section.shown(target).values() for point in line}
+        grids = {result.grid for line in section.shown(target).values() for result in line}
         if not (grids - seen if target.table else grids):
             continue
         seen |= grids
-        table, panels = markdown(*table_of(section, target)), []
-        for letter, metric in zip("ab", section.setup.metrics, strict=False) if not target.table else ():
-            panels.append(figure_panel(section, target, metric, target.rates, f"{letter}) {metric.name}"))
-        if panels:
+        table = markdown(*table_of(section, target))
+        if not target.table:
+            panels = []
+            for letter, metric in zip("ab", section.setup.metrics, strict=True):
+                panels.append(figure_panel(section, target, metric, target.rates, f"{letter}) {metric.name}"))
             title = f"{target.title}: {section.title}, {section.depth} layers"
             yield name, draw(folder, name, title, [panels], looks)
-        text = table if target.table else folded("Numbers", table)
-        yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{text}"
+            table = folded("Numbers", table)
+        yield "", f"**{target.title}.** {caption_of(section, target)}.\n\n{table}"
     if rest := [grid for grid in section.grids if grid not in seen]:
         rows = [row_of(section, grid.depth, grid.bs, grid.method, grid) for grid in rest]
         yield "", f"**Other runs.**\n\n{markdown(*useful(header_of(section), rows))}"

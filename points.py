@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import records
-from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group, stop_asked
+from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
 from records import UserError, check_same, find_record, power, run_name, slug
 
 
@@ -41,30 +40,6 @@ def flush(file):
         file.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-
-@contextlib.contextmanager
-def signals_ask_to_stop(at_once: bool = False):
-    """Let signals finish the updates under way and save, rather than end the process.
-
-    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
-    """
-
-    def stop(*_):
-        stop_asked.set()
-        if at_once:
-            raise KeyboardInterrupt
-
-    stop_asked.clear()
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -88,7 +63,7 @@ def number(kind, low, high):
             )
         return kind(value)
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse names it where kind() fails: invalid float value
     return parse
 
 
@@ -303,9 +278,8 @@ def make_point(
     defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
     defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
     defaults["dropout"] *= method.dropout
-    shared = (
-        {"data": args.data_name} | net | {k: getattr(args, k) for k in ("init", "bs", "epochs", *defaults)}
-    )
+    flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
+    shared = {"data": args.data_name} | net | flags
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
     for key in ("dropout", "alpha"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
@@ -403,11 +377,10 @@ def describe(script, point: Point, args, classes: int) -> str:
     rates, many = [power(rate) for rate in sorted(point.rates)], len(point.rates) > 1
     rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
+    rates += "" if args.lr else " (the default)"
     text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
-    text += (
-        f"B {point.shared['bs']}, {epochs} epochs, {rates}{'' if args.lr else ' (the default)'}, {seeds}, "
-    )
-    return text + f"{point.shared['precision']} on {find_device(args.device)}"
+    text += f"B {point.shared['bs']}, {epochs} epochs, {rates}, {seeds}, {point.shared['precision']}"
+    return f"{text} on {find_device(args.device)}"
 
 
 def print_plan(script, point: Point, args):
@@ -431,10 +404,10 @@ def print_plan(script, point: Point, args):
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
 
 
-# ---------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------------- display
 
 
-class Progress:
+class Display:
     """A progress bar on a terminal; elsewhere a line per epoch, at most one every ten seconds."""
 
     def __init__(self, point: Point):
@@ -454,12 +427,19 @@ class Progress:
         self.count = f"[{done}/{most}] " if most > 1 else ""
         self.show(runs[-1])
 
-    def show(self, run):
-        """Show where a run is."""
+    def show(self, run, refresh: bool = True):
+        """Show where a run is, with the loss of its last epoch, or of the first one so far."""
         text = f"{self.count}epoch {min(run.epoch + 1, run.config['epochs'])}/{run.config['epochs']} "
-        text += f"loss {run.history[-1]['train_loss']:.3f} " if run.history else ""
+        loss = run.history[-1]["train_loss"] if run.history else run.loss
+        text += f"loss {loss:.3f} " if loss is not None else ""
         tested = [entry["test_accuracy"] for entry in run.history if "test_accuracy" in entry]
-        self.bar.set_description_str(text + (f"test {tested[-1]:.1%} " if tested else ""))
+        self.bar.set_description_str(text + (f"test {tested[-1]:.1%} " if tested else ""), refresh)
+
+    def burst(self, run, images: int):
+        """Count the images of a burst of updates."""
+        if not self.bar.disable and not run.history:
+            self.show(run, refresh=False)
+        self.bar.update(images)
 
     def epoch(self, title: str, run):
         """Show the last entry of a run's history."""

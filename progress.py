@@ -31,8 +31,8 @@ def read_lines() -> dict[str, list[str]]:
     return found
 
 
-def point_of(line: str) -> Point:
-    """The point of a command line of either script, by that script's own parser."""
+def parse_line(line: str):
+    """The script of a command line, and the flags by its own parser."""
     try:
         words = shlex.split(line)
     except ValueError as error:
@@ -41,7 +41,13 @@ def point_of(line: str) -> Point:
     if found is None:
         raise UserError(f"no command line of this project: {line[:100]}")
     script = importlib.import_module(Path(words[found]).stem).SCRIPT
-    return script.make_point(script.parse_args(words[found + 1 :]))
+    return script, script.parse_args(words[found + 1 :])
+
+
+def point_of(line: str) -> Point:
+    """The point of a command line."""
+    script, flags = parse_line(line)
+    return script.make_point(flags)
 
 
 # ---------------------------------------------------------------------------------------------- failures
@@ -64,7 +70,7 @@ def failures(folder: Path, since: float = 0.0) -> dict[str, Failure]:
     for log in sorted(filter(lambda log: times[log] >= since, times), key=times.get):
         with open(log, "rb") as file:
             line = file.readline().decode(errors="replace").strip()
-            file.seek(max(0, file.tell() - 1, log.stat().st_size - 10_000))
+            file.seek(max(0, file.tell() - 1, log.stat().st_size - 10_000))  # its end is enough
             text, _, code = file.read().decode(errors="replace").rstrip().rpartition("\nexit ")
         if code.isdigit():
             last[line] = Failure(line, int(code), reason(int(code), text), log)

@@ -76,16 +76,8 @@ def read_record(path: Path) -> dict:
 def check_record(record: dict, name: str):
     """Raise ValueError unless a record is complete, and its parts and the file's name agree."""
     config, history, final, status = (record[key] for key in ("config", "history", "final", "status"))
-    wrn, diverged, epochs = config["model"] == "wrn", status == "diverged", config["epochs"]
-    right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
-    right |= {"seed": is_number(config["seed"], 0, kind=int)}
-    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
-    right |= {} if wrn else {"version": config.get("version") in ("v1", "v2")}
-    sizes = ("bs", "epochs", "depth", "width") if wrn else ("bs", "epochs")
-    for key, holds in (right | {key: is_number(config[key], 1, kind=int) for key in sizes}).items():
-        check(holds, f"its {key} cannot be {config.get(key)!r}")
-    for part in (f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}.json"):
-        check(part in name, f"its name does not agree with its configuration: {part} is not in it")
+    diverged, epochs = status == "diverged", config["epochs"]
+    check_config(config, name)
     kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
     check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
     for epoch, entry in enumerate(history, 1):
@@ -97,12 +89,30 @@ def check_record(record: dict, name: str):
     check(diverged or status == "done", f"its status is {status!r}, neither done nor diverged")
     check(diverged or len(history) == epochs, f"its history ends at epoch {len(history)} of {epochs}")
     check(not diverged or is_number(record["diverged_at_step"], 0, kind=int), "it diverged at no step")
-    last = dict.fromkeys(final) if diverged else dict(history[-1])
-    last |= {} if diverged else {"train_objective": last["train_loss"] + last["l2"]}
+    last = dict.fromkeys(final) if diverged else history[-1]
+    if not diverged:
+        last = last | {"train_objective": last["train_loss"] + last["l2"]}
     for key in (*FINAL, *final):
         value, ours = final[key], last[key]
         agrees = value is None if diverged else is_number(value) and math.isclose(value, ours, rel_tol=1e-9)
         check(agrees, f"its final {key} is {value!r}, and {ours} at the end of its history")
+
+
+def check_config(config: dict, name: str):
+    """Raise ValueError unless a record's configuration is possible, and agrees with the file's name."""
+    right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
+    right |= {"seed": is_number(config["seed"], 0, kind=int)}
+    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
+    sizes = ["bs", "epochs"]
+    if config["model"] == "wrn":
+        sizes += ["depth", "width"]
+    else:
+        right |= {"version": config.get("version") in ("v1", "v2")}
+    right |= {key: is_number(config[key], 1, kind=int) for key in sizes}
+    for key, holds in right.items():
+        check(holds, f"its {key} cannot be {config.get(key)!r}")
+    for part in (f"_lr{power(config['lr'])}_", f"_s{config['seed']:02d}.json"):
+        check(part in name, f"its name does not agree with its configuration: {part} is not in it")
 
 
 def find_record(path: Path) -> dict | None:

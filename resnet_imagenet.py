@@ -76,19 +76,15 @@ def parse_args(argv=None) -> argparse.Namespace:
 def make_point(args: argparse.Namespace) -> points.Point:
     """All runs that the flags may ask for; the expected rate is about 0.1 * B / 256."""
     net = {"model": "resnet50", "version": args.arch}
-    defaults = {
-        "ghost": 256,
-        "dropout": 0.2,
-        "wd": 1e-4,
-        "stride_on": STRIDE_ON[args.arch],
-        "image_size": 224,
-    }
+    defaults = {"ghost": 256, "dropout": 0.2, "wd": 1e-4}
+    defaults |= {"stride_on": STRIDE_ON[args.arch], "image_size": 224}
     rate = 2**-3 * points.power_of_two(args.bs) / 256
     prefix, metrics = f"resnet50-{args.arch}", (ACCURACY,)
     return points.make_point(args, prefix, net, defaults, rate, around=2, metrics=metrics)
 
 
 def make_net(config: dict, classes: int) -> ResNet50:
+    """The net of a configuration, on PyTorch's default device."""
     keys = ("version", "init", "ghost", "dropout", "base_init", "stride_on")
     alpha = config["alpha"] or 0.0  # None without a scalar
     return ResNet50(num_classes=classes, alpha=alpha, **{key: config[key] for key in keys})

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,10 +27,10 @@ import torch.distributed as dist
 
 import progress
 import records
-from common import Run, ranks, stream_seed, train
+from common import Run, ranks, stop_asked, stream_seed, train
 from points import (
+    Display,
     Point,
-    Progress,
     describe,
     device_name,
     flush,
@@ -38,13 +39,11 @@ from points import (
     pick_device,
     print_plan,
     say,
-    signals_ask_to_stop,
     take_lock,
 )
 from records import UserError, atomic_write, check_same, find_record
 
-# -------------------------------------------------------------------------------------------- exit codes
-
+# -------------------------------------------------------------------------------- exit codes and signals
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP
@@ -77,12 +76,12 @@ def exit_code(main) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
+    except OwnError as error:
+        complain(str(error))
+        return 2  # without leave_ranks(): the other ranks are still at work
     except UserError as error:
-        its_own = isinstance(error, OwnError)
-        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             complain(str(error))
-        if its_own:
-            return 2
         code = 2
     except OSError as error:
         where = f"{error.filename or 'the disk'}: {error.strerror}"
@@ -107,6 +106,30 @@ def exit_code(main) -> int:
         flush(sys.stderr)
     leave_ranks()
     return code
+
+
+@contextlib.contextmanager
+def signals_ask_to_stop(at_once: bool = False):
+    """Let signals finish the updates under way and save, rather than end the process.
+
+    Where there is nothing to save, `at_once` has them raise KeyboardInterrupt.
+    """
+
+    def stop(*_):
+        stop_asked.set()
+        if at_once:
+            raise KeyboardInterrupt
+
+    stop_asked.clear()
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------- ranks
@@ -341,7 +364,7 @@ def side_by_side(device: torch.device, bs: int) -> int:
 
 def train_side_by_side(point: Point, limit: int, start, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
-    jobs, display, saved, more = {}, Progress(point), time.monotonic(), True
+    jobs, display, saved, more = {}, Display(point), time.monotonic(), True
     try:
         while True:
             if more:
@@ -353,7 +376,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
             for key, job in list(jobs.items()):
                 epoch = job.run.epoch
                 images = advance(job)
-                display.bar.update(images or 0)
+                display.burst(job.run, images or 0)
                 if job.run.epoch > epoch:
                     display.epoch(job.title, job.run)
                     due = due or not data.on_device  # epochs of large images are long
@@ -406,17 +429,22 @@ def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int
     return limit, True
 
 
+def take_next(point: Point, jobs: dict):
+    """Lock the next missing run that no other process makes: its (rate, seed) and lock, or (None, None)."""
+    for key in point.plan().missing:
+        lock = None if key in jobs else take_lock(point.path(key))
+        if lock and find_record(point.path(key)):  # another process has made it since: the search may go on
+            lock.close()
+            return take_next(point, jobs)
+        if lock:
+            return key, lock
+    return None, None
+
+
 def start_next(point: Point, jobs: dict, start, args):
     """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
-    key, lock = None, contextlib.ExitStack()
-    while ranks()[0] == 0:
-        left = (key for key in point.plan().missing if key not in jobs)
-        taken = ((key, lock) for key in left if (lock := take_lock(point.path(key))))
-        key, lock = next(taken, (None, lock))
-        if key is None or not find_record(point.path(key)):
-            break
-        lock.close()  # another process has made the run since
-    key = agreed(key)
+    key, lock = take_next(point, jobs) if ranks()[0] == 0 else (None, None)
+    key, lock = agreed(key), lock or contextlib.ExitStack()
     if key is None:
         return None, None
     with lock:
@@ -481,13 +509,12 @@ def finish(point: Point, key, job: Job, args, concurrent: int):
 def outcome(run: Run, concurrent: int) -> dict:
     """The record of a run; a diverged run has no final numbers."""
     record = {"config": run.config, "status": "diverged" if run.diverged else "done", "history": run.history}
-    keys = ["test_accuracy", "train_loss", "train_objective"]
     if run.diverged:
-        record |= {"final": dict.fromkeys(keys), "diverged_at_step": run.updates}
+        record |= {"final": dict.fromkeys(records.FINAL), "diverged_at_step": run.updates}
     else:
         last = run.history[-1]
         last = last | {"train_objective": last["train_loss"] + last["l2"]}
-        record["final"] = {key: last[key] for key in (*keys, "test_top5") if key in last}
+        record["final"] = {key: last[key] for key in (*records.FINAL, "test_top5") if key in last}
         seconds = sum(entry["seconds"] for entry in run.history)
         record["images_per_second"] = run.updates * run.bs / seconds
     keys = ("name", "fingerprint", "classes", "train_images", "test_images")

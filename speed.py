@@ -361,11 +361,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     if not re.fullmatch(r"wrn[0-9]+-[1-9][0-9]*|resnet50-v[12]", args.model):
         parser.error(f"argument --model: should be wrn16-4, resnet50-v2 or the like, not {args.model}")
     args.wrn, gpu = args.model.startswith("wrn"), points.find_device(args.device).type == "cuda"
-    usual = [1, 4, 16, 64, 128, 512, 2048] if gpu else [1, 16, 64, 256]
-    usual = usual if args.wrn else [32, 128, 256, 512] if gpu else [16]
-    args.batches = args.batches or ([1, 16, 64, 512] if args.short and args.wrn else usual)
-    usual = ["bn", WHOLE, "none", "zeroinit"] if args.wrn else ["bn", "zeroinit"]
-    args.methods = args.methods or usual + ["fixup"] * (not args.short)
+    if args.wrn:
+        sizes = [1, 4, 16, 64, 128, 512, 2048] if gpu else [1, 16, 64, 256]
+        sizes, methods = [1, 16, 64, 512] if args.short else sizes, ["bn", WHOLE, "none", "zeroinit"]
+    else:
+        sizes, methods = [32, 128, 256, 512] if gpu else [16], ["bn", "zeroinit"]
+    args.batches = args.batches or sizes
+    args.methods = args.methods or methods + ["fixup"] * (not args.short)
     args.rounds = args.rounds or (2 if args.short else 5)
     args.seconds = (0.4 if args.short else 1.0) if args.seconds is None else args.seconds
     return args

@@ -21,7 +21,7 @@ from points import Parser, fraction, natural, positive
 from records import ACCURACY, LOSS, UserError
 
 HALVINGS = 10  # at 100, 110, ..., 190 of 200 epochs (section 3)
-INITS = [init for init, method in METHODS.items() if not method.last_bias]  # that one is for ResNet-V1
+INITS = [init for init, method in METHODS.items() if not method.last_bias]  # zeroinit+bias is for V1
 
 
 def make_parser() -> Parser:
@@ -84,6 +84,7 @@ def make_point(args: argparse.Namespace) -> points.Point:
 
 
 def make_net(config: dict, classes: int) -> WideResNet:
+    """The net of a configuration, on PyTorch's default device."""
     keys = ("depth", "width", "init", "ghost", "dropout", "base_init")
     alpha = config["alpha"] or 0.0  # None without a scalar
     return WideResNet(num_classes=classes, alpha=alpha, **{key: config[key] for key in keys})

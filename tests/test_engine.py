@@ -234,6 +234,13 @@ def test_whatever_touches_a_runs_tensors_is_put_on_its_own_stream(tmp_path, monk
     assert seen == {"advance", "evaluate", "state", "load"}
 
 
+def test_the_loss_so_far_is_the_epochs_at_its_end():
+    run = tiny_run("--bs 4 --epochs 2")
+    losses = [run.loss for _ in common.train(run, 1)]
+    assert losses[5::6] == [entry["train_loss"] for entry in run.history]
+    assert losses[0] != losses[5]
+
+
 # -------------------------------------------------------------------------------------- captured updates
 
 
