@@ -157,10 +157,12 @@ def rates_panel(section, depth, bs, metric, title):
     return Panel(title, RATE, label_of(section, metric), lines, metric)
 
 
+BY_DEPTH = replace(TARGETS["table2"], title="Depth", caption="All methods", methods=tuple(NAMES), barred=())
+
+
 def depth_panels(section):
     """Accuracy and optimal rate against depth; below, accuracy against the learning rate at each depth."""
-    target = replace(TARGETS["table2"], methods=tuple(NAMES), barred=())
-    top = [figure_panel(section, target, ACCURACY, rates) for rates in (False, True)]
+    top = [figure_panel(section, BY_DEPTH, ACCURACY, rates) for rates in (False, True)]
     top = [replace(p, lines=[it for it in p.lines if it.paper or len(it.marks) > 1]) for p in top]
     depths = sorted({grid.depth for grid in section.grids if grid.bs == section.bs})
     return [top, [rates_panel(section, depth, section.bs, ACCURACY, f"{depth} layers") for depth in depths]]
@@ -460,7 +462,7 @@ def table_of(section, target):
 
 def print_table(sections, name):
     """A figure or table of every section that has it, as text."""
-    target, parts = TARGETS[name], []
+    target, parts = (TARGETS | {"demo": BY_DEPTH})[name], []
     for section in sections:
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
@@ -638,7 +640,7 @@ def main():
             write_csv(args.csv, records)
             print(f"{args.csv}: {len(records)} runs")
         elif args.table:
-            print(print_table(make_sections(records), "table2" if args.table == "demo" else args.table))
+            print(print_table(make_sections(records), args.table))
         else:
             path, line = report(args.results, make_sections(records), problems, args.curves)
             print(f"{line}\nreport: {path}")

@@ -408,7 +408,7 @@ def test_same_bytes_each_time(tmp_path):
         ("table1", ["Table 1. ", "Paper", "+ dropout            not run"]),
         (
             "demo",
-            ["Table 2. The effect of depth, batch size 16\nshapes, width 1, 2 epochs\n", "No Normalization"],
+            ["Depth. All methods, batch size 16\nshapes, width 1, 2 epochs\n", "No Normalization"],
         ),
         ("table4", ["Table 4: nothing was run yet (bash sweep.sh table4)"]),
     ],
