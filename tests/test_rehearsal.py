@@ -194,6 +194,7 @@ def in_updates(fault):
     return plant
 
 
+DEVICES = "same device|different devices"  # as PyTorch 2.14 and 2.11 say it
 FAULTS = [
     ("waits for a value", in_updates(lambda images, labels: labels[0].item())),
     ("waits for a value", in_updates(lambda images, labels: bool((labels > 0).all()))),
@@ -201,9 +202,9 @@ FAULTS = [
     ("nonzero", in_updates(lambda images, labels: images[labels > 0])),
     ("lift_fresh of the host", in_updates(lambda images, labels: torch.tensor(1.0, device=GPU))),
     ("lift_fresh of the host", in_updates(lambda images, labels: labels * torch.tensor(1))),
-    ("same device", lambda run: setattr(run.data, "crop", run.data.crop.cpu())),
-    ("same device", lambda run: setattr(run.data, "scale", run.data.scale.cpu())),
-    ("same device", lambda run: setattr(run, "dropout_noise", lambda: [torch.rand(8, 64)])),
+    (DEVICES, lambda run: setattr(run.data, "crop", run.data.crop.cpu())),
+    (DEVICES, lambda run: setattr(run.data, "scale", run.data.scale.cpu())),
+    (DEVICES, lambda run: setattr(run, "dropout_noise", lambda: [torch.rand(8, 64)])),
     ("_fused_sgd_ of the host", lambda run: run.optimizer.param_groups[0].update(lr=torch.zeros(()))),
     ("another layout", lambda run: run.net.stem.weight.register_post_accumulate_grad_hook(flatten)),
     ("before the capture", lambda run: setattr(run.optimizer, "zero_grad", lambda: None)),
