@@ -349,9 +349,7 @@ def test_a_line_that_fails_harms_no_other(sandbox):
     done = sweep(*flags, folder=sandbox, DEPTHS="16", ENDS='{"none": -9, "bn": 255}')
     assert done.returncode == 1 and "--table demo" in done.stdout
     assert noted(out / "made") == ["scalar-8-16-0"]
-    assert (
-        sorted(noted(out / "begun"))[:4] == ["bn-8-16-0"] * 2 + ["none-8-16-0"] * 2
-    )  # once by each worker
+    assert sorted(noted(out / "begun"))[:4] == ["bn-8-16-0"] * 2 + ["none-8-16-0"] * 2  # once by each worker
     again = sweep(*flags, folder=sandbox, DEPTHS="16")
     assert again.returncode == 0 and len(noted(out / "made")) == 3
     assert "Killed" not in done.stderr
