@@ -22,7 +22,7 @@ import numpy as np
 
 from claims import FAILS, HOLDS, TIED, UNDECIDED, judge_all, judge_speed, number
 from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, make_sections, name_of
-from records import ACCURACY, LOSS, atomic_write, power, read_all, statistic
+from records import ACCURACY, LOSS, atomic_write, flush, power, read_all, statistic
 
 # -------------------------------------------------------------------------------------------------- pictures
 
@@ -642,8 +642,10 @@ def main():
         else:
             path, line = report(args.results, make_sections(records), problems, args.curves)
             print(f"{line}\nreport: {path}")
+        sys.stdout.flush()
     except OSError as error:
-        parser.exit(2, f"error: cannot write {error.filename}: {error.strerror}\n")
+        flush(sys.stdout)
+        parser.exit(2, f"error: cannot write {error.filename or 'the output'}: {error.strerror}\n")
 
 
 if __name__ == "__main__":

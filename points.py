@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import records
 from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group, stop_asked
-from records import UserError, check_same, find_record, power, run_name, slug
+from records import UserError, check_same, find_record, flush, power, run_name, slug
 
 
 def say(text: str):
@@ -33,14 +33,6 @@ def say(text: str):
         with contextlib.suppress(OSError):
             tqdm.write(text)
         flush(sys.stdout)
-
-
-def flush(file):
-    """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
-    try:
-        file.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 @contextlib.contextmanager

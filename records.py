@@ -4,6 +4,7 @@ A record is one run's JSON file, RESULTS/DATA/NAME.json; a run is done if and on
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -22,6 +23,14 @@ BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
 class UserError(Exception):
     """Something that only the user can mend, in one line."""
+
+
+def flush(file):
+    """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
+    try:
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def power(rate: float) -> str:
@@ -123,7 +132,13 @@ def write_record(path: Path, record: dict):
 
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None):
-    """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`."""
+    """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`.
+
+    Nothing but a file is replaced, such as a folder or /dev/stdout; a link stays, and leads to the new file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EPERM, "it is there, and not a file", str(path))
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that was removed takes no run with it
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -32,7 +32,6 @@ from points import (
     Progress,
     describe,
     device_name,
-    flush,
     leave_ranks,
     output_folder,
     pick_device,
@@ -41,7 +40,7 @@ from points import (
     signals_ask_to_stop,
     take_lock,
 )
-from records import UserError, atomic_write, check_same, find_record
+from records import UserError, atomic_write, check_same, find_record, flush
 
 # -------------------------------------------------------------------------------------------- exit codes
 

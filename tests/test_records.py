@@ -253,6 +253,21 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout can be
+    for name in ("folder", "pipe"):
+        with pytest.raises(OSError, match="not a file") as error, records.atomic_write(tmp_path / name):
+            pass
+        assert error.value.filename == str(tmp_path / name)
+    (tmp_path / "link").symlink_to("there")
+    for text in (b"one", b"two"):
+        with records.atomic_write(tmp_path / "link") as file:
+            file.write(text)
+        assert (tmp_path / "there").read_bytes() == text and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe", "there"]
+
+
 def test_the_first_difference_of_two_configurations_is_named():
     records.check_same(Path("r.json"), CONFIG, dict(CONFIG))
     with pytest.raises(UserError, match=r"r\.json holds another run: its precision is bf16, not float32"):
