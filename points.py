@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 import records
 from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group, stop_asked
-from records import UserError, check_same, find_record, flush, power, run_name, slug
+from records import UserError, check_same, find_record, flush, power, rank_variable, run_name, slug
 
 
 def say(text: str):
     """Print a line, on the first of torchrun's ranks only; a progress bar stays below it."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank_variable("RANK") == 0:
         with contextlib.suppress(OSError):
             tqdm.write(text)
         flush(sys.stdout)
@@ -162,7 +162,7 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
         slug(args.data_name)
     except UserError as error:
         parser.error(f"argument --data-name: {error}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = rank_variable("WORLD_SIZE", 1)
     divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
     args.precision = pick_precision(args.amp, find_device(args.device))
 
@@ -211,7 +211,9 @@ def pick_device(name: str | None) -> torch.device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions
         torch.backends.cuda.matmul.allow_tf32 = False  # and in products, whatever the environment says
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if rank_variable("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
+        if not dist.is_torchelastic_launched():
+            print("WORLD_SIZE is set: waiting for the other ranks ...", flush=True)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -406,7 +408,7 @@ def print_plan(script, point: Point, args):
     """Print what `train_point` would do: the net, the updates, the division of a batch, the runs."""
     images, classes = script.count_images(args)
     plan, config = point.plan(), point.config((point.rates[0], point.seeds[0]))
-    bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
+    bs, epochs, world = config["bs"], config["epochs"], rank_variable("WORLD_SIZE", 1)
     if bs > images:
         raise UserError(f"--bs {bs} is more than the {images} training images")
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
@@ -431,7 +433,7 @@ class Progress:
 
     def __init__(self, point: Point):
         self.point, self.count, self.said = point, "", -math.inf
-        hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
+        hidden = not sys.stderr.isatty() or rank_variable("RANK") > 0
         look = "{desc}{bar} {rate_fmt}, {remaining} left"
         options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "bar_format": look}
         self.bar = tqdm(desc="starting ", total=0, disable=hidden, leave=False, dynamic_ncols=True, **options)

@@ -25,6 +25,12 @@ class UserError(Exception):
     """Something that only the user can mend, in one line."""
 
 
+def rank_variable(name: str, alone: int = 0) -> int:
+    """RANK or the like, as torchrun sets it; `alone` for one process, whatever is left over in its shell."""
+    world, value = (os.environ.get(each, "") for each in ("WORLD_SIZE", name))
+    return int(value) if world.isdecimal() and int(world) > 1 and value.isdecimal() else alone
+
+
 def flush(file):
     """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
     try:

@@ -13,7 +13,6 @@ import errno
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ from points import (
     signals_ask_to_stop,
     take_lock,
 )
-from records import UserError, atomic_write, check_same, find_record, flush
+from records import UserError, atomic_write, check_same, find_record, flush, rank_variable
 
 # -------------------------------------------------------------------------------------------- exit codes
 
@@ -78,7 +77,7 @@ def exit_code(main) -> int:
         code = main() or 0
     except UserError as error:
         its_own = isinstance(error, OwnError)
-        if its_own or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if its_own or rank_variable("LOCAL_RANK") == 0:
             complain(str(error))
         if its_own:
             return 2

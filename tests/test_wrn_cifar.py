@@ -217,8 +217,15 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys):
 def test_of_ranks_with_bad_flags_one_per_machine_says_so(capsys, monkeypatch):
     for rank in "012":
         monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
         assert script("--depth", 17) == 2
         assert capsys.readouterr().err.count("error: ") == (rank == "0")
+        for world in ("1", "", "x"):  # what was left over in a shell
+            monkeypatch.setenv("WORLD_SIZE", world)
+            monkeypatch.setenv("RANK", rank)
+            assert script("--depth", 17) == 2 and script("--dry-run") == 0
+            said = capsys.readouterr()
+            assert said.err.count("error: ") == 1 and "at most 1 runs" in said.out
 
 
 def test_bad_data_ends_in_one_line(tmp_path, capsys):
