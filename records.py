@@ -21,6 +21,10 @@ ENTRY = {"lr", "train_loss", "l2", "train_accuracy", "seconds"}  # of every epoc
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
 
+for stream, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+    if getattr(sys, stream) is None:  # closed, as by `>&-`: no file that is opened later may take its number
+        setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+
 class UserError(Exception):
     """Something that only the user can mend, in one line."""
 

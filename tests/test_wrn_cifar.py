@@ -543,6 +543,12 @@ def test_help_has_examples_and_no_empty_defaults(module, capsys):
     assert "(default: zeroinit)" in said and "[what the paper leads to expect]" in said
 
 
+def test_closed_streams_do_not_end_a_run(tmp_path):
+    """As those of some daemons."""
+    words = sys.executable, HERE / "wrn_cifar.py", *QUICK.split(), "--out", tmp_path, "--dry-run"
+    assert subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]).returncode == 0
+
+
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     """As the `head` in `wrn_cifar.py ... | head`."""
     os.mkfifo(pipe := tmp_path / "pipe")
