@@ -325,8 +325,8 @@ def output_folder(folder: Path):
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for each in made:
+        for each in made:
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
                 each.rmdir()
         raise
 
