@@ -601,7 +601,7 @@ def report(folder, sections, problems, curves):
     text = "\n\n".join([*head, *verdict_tables(answers, labels), NOTE, *parts]) + "\n"
     home.mkdir(parents=True, exist_ok=True)
     with atomic_write(home / "REPORT.md") as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     return home / "REPORT.md", line
 
 
@@ -617,7 +617,7 @@ def write_csv(path, records):
         start = [record["file"], record["status"], *(record["config"].get(key) for key in keys)]
         writer.writerows([*start, *(entry.get(key) for key in measured)] for entry in record["history"])
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def main():
@@ -628,6 +628,7 @@ def main():
     add("--csv", type=Path, metavar="FILE", help="write a row for each run and epoch, draw nothing")
     add("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     records, problems = read_all(args.results)
     for name, problem in problems.items():
         print(f"{args.results / name}: not used: {problem}", file=sys.stderr)

@@ -16,14 +16,15 @@ from statistics import fmean, stdev
 
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
 NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
+OPTIONS = ("ghost", "dropout", "alpha", "wd", "momentum", "scalar_lr", "train_size")  # numbers, or null
 FINAL = ("test_accuracy", "train_loss", "train_objective")
 ENTRY = {"lr", "train_loss", "l2", "train_accuracy", "seconds"}  # of every epoch
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
-
 for stream, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
     if getattr(sys, stream) is None:  # closed, as by `>&-`: no file that is opened later may take its number
         setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+
 
 class UserError(Exception):
     """Something that only the user can mend, in one line."""
@@ -52,8 +53,8 @@ def power(rate: float) -> str:
 def slug(data_name: str) -> str:
     """The folder of a data set's records. Raises UserError for a name that gives none."""
     folder = "-".join("".join(c if c.isalnum() else " " for c in data_name.lower()).split())
-    if not folder or len(folder.encode()) > 100 or folder in NOT_DATA:
-        rule = f"1 to 100 letters and digits, and not {', '.join(NOT_DATA)}"
+    if not folder or len(folder.encode()) > 100 or folder in NOT_DATA or not data_name.isprintable():
+        rule = f"1 to 100 letters and digits, no unprintable ones, and not {', '.join(NOT_DATA)}"
         raise UserError(f"the data set's name {data_name[:100]!a} gives no folder: it needs {rule}")
     return folder
 
@@ -98,7 +99,9 @@ def check_record(record: dict, name: str):
     wrn, diverged, epochs = config["model"] == "wrn", status == "diverged", config["epochs"]
     right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
     right |= {"seed": is_number(config["seed"], 0, kind=int)}
-    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
+    right |= {key: isinstance(config[key], str) and config[key].isprintable() for key in ("data", "init")}
+    right |= {key: config.get(key) is None or is_number(config[key], 0) for key in OPTIONS}
+    right |= {"precision": isinstance(config.get("precision", ""), str)}
     right |= {} if wrn else {"version": config.get("version") in ("v1", "v2")}
     sizes = ("bs", "epochs", "depth", "width") if wrn else ("bs", "epochs")
     for key, holds in (right | {key: is_number(config[key], 1, kind=int) for key in sizes}).items():

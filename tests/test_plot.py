@@ -457,6 +457,15 @@ def test_an_output_that_is_full_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: cannot write the output: No space left on device\n")
 
 
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path):
+    home = tmp_path / "caf\udce9"
+    write(home, small_set()[:1])
+    (home / "shapes" / "\udce9.json").write_text("{}")
+    done = run_plot(home, PYTHONIOENCODING="utf-8:strict")
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1), done.stderr
+    assert "\n- shapes/\\udce9.json: " in (home / "report" / "REPORT.md").read_text()
+
+
 @pytest.mark.parametrize("flags", [(), ("--table", "fig1"), ("--csv", "runs.csv")])
 @pytest.mark.parametrize("make", [False, True])
 def test_no_records(tmp_path, make, flags):
