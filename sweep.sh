@@ -14,6 +14,7 @@
 # NPROC=N             GPUs of a run on ImageNet [8; 1: without torchrun]
 # Exit codes: 0 done, 1 a line failed, 2 bad usage or data, 75 interrupted. The same sweep goes on.
 # shellcheck disable=SC2086,SC2206,SC2329  # lists are split into words on purpose; targets are called by name
+set +e +u # whatever the user's shell exports
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 demo"
 fig1() { # 16-4, ghost batches of 64, large batches (section 3)
     for bs in ${BATCHES:-16 32 64 128 256 512 1024 2048 4096 8192}; do wrn "bn none zeroinit" --bs $bs; done
@@ -46,7 +47,7 @@ demo() { # what depth does to the plain network, to ZeroInit and to batch norm, 
         done
     done
 }
-seeds=15 full=${FULL:+all} rates=${LRS:+--lr $LRS}
+seeds=15 full=${FULL:+all} rates=${LRS:+--lr ${LRS//$'\n'/ }}
 rates=${rates:---search ${full:-best}}
 points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
 wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
@@ -119,11 +120,17 @@ fail() { echo "error: $1" >&2 && exit 2; }
 quote() { # a word as both bash and Python's shlex read it
     if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi
 }
-here=$(cd "$(dirname "$0")" && pwd) mark="'" escaped="'\\''"
+here=$(readlink -f "$0" 2>/dev/null || echo "$0") # it may be called through a link
+here=$(CDPATH="" cd "$(dirname "$here")" && pwd) mark="'" escaped="'\\''"
 target="" act=sweep show=() jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
 if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
+if [[ $LRS$INITS$BATCHES$DEPTHS$NPROC =~ [^a-zA-Z0-9_.^+[:space:]-] ]]; then
+    fail "LRS, INITS, BATCHES, DEPTHS and NPROC should hold words of letters, digits and _ . ^ + -"
+fi
+if [[ $* == *$'\n'* ]]; then fail "what follows the target should have no line breaks"; fi
+if ! command -v python >/dev/null; then fail "there is no command 'python': activate its environment"; fi
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
     case $1 in
@@ -147,4 +154,6 @@ if [[ $act == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
 jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : workers))}
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then fail "--jobs should be a positive number, not '$jobs'"; fi
 if [ $act = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
-mkdir -p "$out/logs" && $act; exit
+if [[ -z $out || $out == -* ]]; then fail "--out should be a folder, not '$out'"; fi
+mkdir -p "$out/logs" || exit 2
+$act; exit
