@@ -94,7 +94,10 @@ coefficient, fraction, rate = number(float, 0, 1e30), number(float, 0, 1), numbe
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for bad flags."""
+    """A parser that raises UserError for bad flags, and for shortened ones, which sweep.sh does not know."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")

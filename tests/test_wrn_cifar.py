@@ -200,7 +200,7 @@ BAD = """--depth 17; --depth 4; --lr nan; --lr 0; --lr=-1; --lr inf; --lr 2^x; -
 --bs 2^999999999; --epochs 0; --width 0; --seeds 0; --seed -1; --seed 2^-1; --seeds 2 --seed 1
 --dropout 1; --dropout nan; --init bn --dropout 0.5; --init bn --alpha 1; --init batchnorm
 --ghost -1; --init bn --bs 65 --ghost 16; --init bn --bs 64 --ghost 16 --micro 24; --wd -1
---momentum 1; --data mnist; --amp fp8; --train-size 0; --no-such-flag; --device meta
+--momentum 1; --see 1; --data mnist; --amp fp8; --train-size 0; --no-such-flag; --device meta
 --device tpu9; --device cuda:x; --data-name ***; --data-name report; --data-name logs"""
 BAD = [*map(str.strip, BAD.replace("\n", ";").split(";")), "--data-name " + 300 * "x"]
 
