@@ -91,6 +91,11 @@ def exit_code(main) -> int:
             raise
         complain(f"{where}; free some space and run again")
         return 1
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        complain(f"--compile: {' '.join(str(error).split())[:200]}")
+        return 2
     except MemoryError as error:
         complain(f"not enough memory: {error}")
         return 1
