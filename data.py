@@ -29,6 +29,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from common import stop_asked, stream_seed
+from ranks import rank_variable
 from records import UserError, atomic_write
 
 decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)  # PIL's pixels in less time, deprecated in 0.29
@@ -41,7 +42,7 @@ CENTRE = -1  # stands in place of a crop's random number, for the crop of valida
 CHUNK = 64  # images that a worker process decodes at a time
 POLL, PATIENCE = 5, 300  # seconds between looks for a request to stop, and until missing images are an error
 STUCK = []  # iterators that are not to be collected: one would wait 5 seconds for each worker that hangs
-QUIET = int(os.environ.get("LOCAL_RANK", 0)) > 0  # the first of a machine's ranks speaks for all
+QUIET = rank_variable("LOCAL_RANK") > 0  # the first of a machine's ranks speaks for all
 progress_bar = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
 
 

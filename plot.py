@@ -22,7 +22,7 @@ import numpy as np
 
 from claims import FAILS, HOLDS, TIED, UNDECIDED, judge_all, judge_speed, number
 from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, make_sections, name_of
-from records import ACCURACY, LOSS, atomic_write, power, read_all, statistic
+from records import ACCURACY, LOSS, atomic_write, flush, power, read_all, statistic
 
 # -------------------------------------------------------------------------------------------------- pictures
 
@@ -603,7 +603,7 @@ def report(folder, sections, problems, curves):
     text = "\n\n".join([*head, *verdict_tables(answers, labels), NOTE, *parts]) + "\n"
     home.mkdir(parents=True, exist_ok=True)
     with atomic_write(home / "REPORT.md") as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))
     return home / "REPORT.md", line
 
 
@@ -619,7 +619,7 @@ def write_csv(path, records):
         start = [record["file"], record["status"], *(record["config"].get(key) for key in keys)]
         writer.writerows([*start, *(entry.get(key) for key in measured)] for entry in record["history"])
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def main():
@@ -630,6 +630,7 @@ def main():
     add("--csv", type=Path, metavar="FILE", help="write a row for each run and epoch, draw nothing")
     add("--curves", action="store_true", help="also draw the learning curves at the optimal rates")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     records, problems = read_all(args.results)
     for name, problem in problems.items():
         print(f"{args.results / name}: not used: {problem}", file=sys.stderr)
@@ -644,8 +645,10 @@ def main():
         else:
             path, line = report(args.results, make_sections(records), problems, args.curves)
             print(f"{line}\nreport: {path}")
+        sys.stdout.flush()
     except OSError as error:
-        parser.exit(2, f"error: cannot write {error.filename}: {error.strerror}\n")
+        flush(sys.stdout)
+        parser.exit(2, f"error: cannot write {error.filename or 'the output'}: {error.strerror}\n")
 
 
 if __name__ == "__main__":

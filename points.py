@@ -23,23 +23,16 @@ from tqdm import tqdm
 
 import records
 from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
-from records import UserError, check_same, find_record, power, run_name, slug
+from ranks import rank_variable
+from records import UserError, check_same, find_record, flush, power, run_name, slug
 
 
 def say(text: str):
     """Print a line, on the first of torchrun's ranks only; a progress bar stays below it."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank_variable("RANK") == 0:
         with contextlib.suppress(OSError):
             tqdm.write(text)
         flush(sys.stdout)
-
-
-def flush(file):
-    """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
-    try:
-        file.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 # ------------------------------------------------------------------------------------------------- flags
@@ -77,7 +70,10 @@ coefficient, fraction, rate = number(float, 0, 1e30), number(float, 0, 1), numbe
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for bad flags."""
+    """A parser that raises UserError for bad flags, and for shortened ones, which sweep.sh does not know."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -145,7 +141,7 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
         slug(args.data_name)
     except UserError as error:
         parser.error(f"argument --data-name: {error}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = rank_variable("WORLD_SIZE", 1)
     divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
     args.precision = pick_precision(args.amp, find_device(args.device))
 
@@ -159,7 +155,7 @@ def find_device(name: str | None) -> torch.device:
     It does not touch the GPU, which may allow one process only. Raises UserError if there is no such device.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else 16 streams of runs share 8 queues
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    own = f"cuda:{rank_variable('LOCAL_RANK')}"
     default = own if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(own if name == "cuda" else name or default)
@@ -194,7 +190,9 @@ def pick_device(name: str | None) -> torch.device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions
         torch.backends.cuda.matmul.allow_tf32 = False  # and in products, whatever the environment says
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if rank_variable("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
+        if not dist.is_torchelastic_launched():
+            print("WORLD_SIZE is set: waiting for the other ranks ...", flush=True)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -305,8 +303,8 @@ def output_folder(folder: Path):
             raise UserError(f"--out: cannot write to {folder}: {error.strerror}") from None
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for each in made:
+        for each in made:
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
                 each.rmdir()
         raise
 
@@ -387,7 +385,7 @@ def print_plan(script, point: Point, args):
     """Print what `train_point` would do: the net, the updates, the division of a batch, the runs."""
     images, classes = script.count_images(args)
     plan, config = point.plan(), point.config((point.rates[0], point.seeds[0]))
-    bs, epochs, world = config["bs"], config["epochs"], int(os.environ.get("WORLD_SIZE", 1))
+    bs, epochs, world = config["bs"], config["epochs"]("WORLD_SIZE", 1)
     if bs > images:
         raise UserError(f"--bs {bs} is more than the {images} training images")
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
@@ -412,7 +410,7 @@ class Display:
 
     def __init__(self, point: Point):
         self.point, self.count, self.said = point, "", -math.inf
-        hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
+        hidden = not sys.stderr.isatty() or rank_variable("RANK") > 0
         look = "{desc}{bar} {rate_fmt}, {remaining} left"
         options = {"unit": " images", "unit_scale": True, "smoothing": 0.1, "bar_format": look}
         self.bar = tqdm(desc="starting ", total=0, disable=hidden, leave=False, dynamic_ncols=True, **options)

@@ -23,11 +23,13 @@ INTERVAL = 1.0  # seconds between looks at the records
 
 
 def read_lines() -> dict[str, list[str]]:
-    """The command lines on stdin by their targets: {"table1": [...]}."""
+    """The command lines on stdin by their targets: {"table1": [...]}. Raises UserError if there are none."""
     found = {}
     for text in filter(str.strip, sys.stdin):
         line, mark, target = text.strip().rpartition(" # ")
         found.setdefault(target if mark else "", []).append(line or target)
+    if not found:
+        raise UserError("no command lines on stdin, where `bash sweep.sh` gives them")
     return found
 
 

@@ -1,6 +1,7 @@
 """Ranks, the processes that torchrun starts: how a batch is divided among them, and what they sum up."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,12 @@ import torch.distributed as dist
 import torch.distributed.nn
 
 from records import UserError
+
+
+def rank_variable(name: str, alone: int = 0) -> int:
+    """RANK or the like, as torchrun sets it; `alone` for one process, whatever is left over in its shell."""
+    world, value = (os.environ.get(each, "") for each in ("WORLD_SIZE", name))
+    return int(value) if world.isdecimal() and int(world) > 1 and value.isdecimal() else alone
 
 
 def ranks() -> tuple[int, int]:

@@ -4,6 +4,7 @@ A record is one run's JSON file, RESULTS/DATA/NAME.json; a run is done if and on
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -15,13 +16,26 @@ from statistics import fmean, stdev
 
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
 NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
+OPTIONS = ("ghost", "dropout", "alpha", "wd", "momentum", "scalar_lr", "train_size")  # numbers, or null
 FINAL = ("test_accuracy", "train_loss", "train_objective")
 ENTRY = {"lr", "train_loss", "l2", "train_accuracy", "seconds"}  # of every epoch
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))
 
+for stream, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+    if getattr(sys, stream) is None:  # closed, as by `>&-`: no file that is opened later may take its number
+        setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+
 
 class UserError(Exception):
     """Something that only the user can mend, in one line."""
+
+
+def flush(file):
+    """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
+    try:
+        file.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def power(rate: float) -> str:
@@ -33,8 +47,8 @@ def power(rate: float) -> str:
 def slug(data_name: str) -> str:
     """The folder of a data set's records. Raises UserError for a name that gives none."""
     folder = "-".join("".join(c if c.isalnum() else " " for c in data_name.lower()).split())
-    if not folder or len(folder.encode()) > 100 or folder in NOT_DATA:
-        rule = f"1 to 100 letters and digits, and not {', '.join(NOT_DATA)}"
+    if not folder or len(folder.encode()) > 100 or folder in NOT_DATA or not data_name.isprintable():
+        rule = f"1 to 100 letters and digits, no unprintable ones, and not {', '.join(NOT_DATA)}"
         raise UserError(f"the data set's name {data_name[:100]!a} gives no folder: it needs {rule}")
     return folder
 
@@ -102,7 +116,9 @@ def check_config(config: dict, name: str):
     """Raise ValueError unless a record's configuration is possible, and agrees with the file's name."""
     right = {"model": config["model"] in ("wrn", "resnet50"), "lr": is_number(config["lr"], 1e-300)}
     right |= {"seed": is_number(config["seed"], 0, kind=int)}
-    right |= {key: isinstance(config[key], str) for key in ("data", "init")}
+    right |= {key: isinstance(config[key], str) and config[key].isprintable() for key in ("data", "init")}
+    right |= {key: config.get(key) is None or is_number(config[key], 0) for key in OPTIONS}
+    right |= {"precision": isinstance(config.get("precision", ""), str)}
     sizes = ["bs", "epochs"]
     if config["model"] == "wrn":
         sizes += ["depth", "width"]
@@ -133,7 +149,13 @@ def write_record(path: Path, record: dict):
 
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None):
-    """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`."""
+    """A binary file that becomes `path` once it is complete and on the disk; the last becomes `previous`.
+
+    Nothing but a file is replaced, such as a folder or /dev/stdout; a link stays, and leads to the new file.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EPERM, "it is there, and not a file", str(path))
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)  # a folder that was removed takes no run with it
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and sys.stderr.isatty():
+if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
     print("loading PyTorch ...", file=sys.stderr)
 
 import data
@@ -20,6 +20,7 @@ import points
 import runner
 from common import METHODS, ResNet50
 from points import Parser, fraction, natural
+from ranks import rank_variable
 from records import ACCURACY
 
 HALVINGS = 9  # at 45, 50, ..., 85 of 90 epochs (section 5)
@@ -64,7 +65,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.data_name = "shapes" if args.data == "shapes" else args.data_dir.resolve().name
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        per_rank = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        per_rank = cores // rank_variable("LOCAL_WORLD_SIZE", 1)
         args.workers = min(32, max(1, per_rank)) if args.data == "folder" else 0  # 32 keep up with any GPU
     points.check_shared_flags(parser, args)
     last_size = math.ceil(args.image_size / 32) ** 2  # pixels that the last blocks see

@@ -13,7 +13,6 @@ import errno
 import functools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -33,7 +32,6 @@ from points import (
     Point,
     describe,
     device_name,
-    flush,
     leave_ranks,
     output_folder,
     pick_device,
@@ -41,7 +39,8 @@ from points import (
     say,
     take_lock,
 )
-from records import UserError, atomic_write, check_same, find_record
+from ranks import rank_variable
+from records import UserError, atomic_write, check_same, find_record, flush
 
 # -------------------------------------------------------------------------------- exit codes and signals
 
@@ -80,7 +79,7 @@ def exit_code(main) -> int:
         complain(str(error))
         return 2  # without leave_ranks(): the other ranks are still at work
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if rank_variable("LOCAL_RANK") == 0:
             complain(str(error))
         code = 2
     except OSError as error:
@@ -92,6 +91,11 @@ def exit_code(main) -> int:
             raise
         complain(f"{where}; free some space and run again")
         return 1
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        complain(f"--compile: {' '.join(str(error).split())[:200]}")
+        return 2
     except MemoryError as error:
         complain(f"not enough memory: {error}")
         return 1

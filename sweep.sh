@@ -16,13 +16,11 @@
 # shellcheck disable=SC2086,SC2206,SC2329  # lists are split into words on purpose; targets are called by name
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 demo"
 fig1() { # 16-4, ghost batches of 64, large batches (section 3)
-    for bs in ${BATCHES:-16 32 64 128 256 512 1024 2048 4096 8192}; do wrn "bn none zeroinit" --bs $bs; done
+    for B in ${BATCHES:-16 32 64 128 256 512 1024 2048 4096 8192}; do wrn "bn none zeroinit" --bs $B; done
 }
 fig2() { fig1; } # the optimal learning rates of Figure 1
 fig3() { # 16-4, statistics over the whole batch, small batches (section 4)
-    for bs in ${BATCHES:-1 2 4 8 16 32 64 128 256 512 1024}; do
-        wrn "bn none zeroinit" --bs $bs --ghost 0
-    done
+    for B in ${BATCHES:-1 2 4 8 16 32 64 128 256 512 1024}; do wrn "bn none zeroinit" --bs $B --ghost 0; done
 }
 fig4() { fig3; } # the optimal learning rates of Figure 3
 table1() { wrn "none biases dropout scalar biases+dropout zeroinit" --bs 64; } # 16-4, ZeroInit piece by piece
@@ -39,20 +37,17 @@ table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on Im
 table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
 demo() { # what depth does with He's initial weights: a block without normalization doubles the variance
     flags="--data shapes --width 1 --bs 8 --epochs 1 --base-init he-in --amp off --out demo"
-    for depth in ${DEPTHS:-40 16}; do
-        for init in ${INITS:-none bn scalar}; do
-            case $init$depth in none16) k="10 8 6" ;; none*) k="16 13 10 7" ;; *) k="7 5 3" ;; esac
-            INITS=$init seeds=1 rates="--lr ${LRS:-2^-${k// / 2^-}}" wrn "" --depth $depth $flags
-        done
-    done
+    for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
+        case $init$depth in none16) k="10 8 6" ;; none*) k="16 13 10 7" ;; *) k="7 5 3" ;; esac
+        INITS=$init seeds=1 rates="--lr ${LRS:-2^-${k// / 2^-}}" wrn "" --depth $depth $flags
+    done; done
 }
-seeds=15 full=${FULL:+all} rates=${LRS:+--lr $LRS}
-rates=${rates:---search ${full:-best}}
+seeds=15 full=${FULL:+all} rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}
 points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
 wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
 resnet50() { # resnet50 VERSION METHODS
     case ${NPROC:-8} in 1) run=python ;; *) run="torchrun --standalone --nproc_per_node=${NPROC:-8}" ;; esac
-    for bs in ${BATCHES:-256 1024 4096}; do points "$run resnet_imagenet.py --arch $1" "$2" --bs $bs; done
+    for B in ${BATCHES:-256 1024 4096}; do points "$run resnet_imagenet.py --arch $1" "$2" --bs $B; done
 }
 lines() { # lines TARGET...: with what the user appended, and the target as a comment
     for name; do $name | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done
@@ -119,11 +114,15 @@ fail() { echo "error: $1" >&2 && exit 2; }
 quote() { # a word as both bash and Python's shlex read it
     if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi
 }
-here=$(cd "$(dirname "$0")" && pwd) mark="'" escaped="'\\''"
+here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0" 2>/dev/null || echo "$0")")" && pwd) # also through a link
 target="" act=sweep show=() jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
+set +e +u && mark="'" escaped="'\\''" odd='[^a-zA-Z0-9_.^+[:space:]-]' # -e, -u: as a user's shell may export
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
 if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
+[[ $* == *$'\n'* || $LRS$INITS$BATCHES$DEPTHS$NPROC =~ $odd ]] &&
+    fail "a flag has a line break, or LRS, INITS, BATCHES, DEPTHS or NPROC other characters than a-z 0-9 _.^+-"
+command -v python >/dev/null || fail "there is no command 'python': activate its environment"
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
     case $1 in
@@ -147,4 +146,5 @@ if [[ $act == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
 jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : workers))}
 if ! [[ $jobs =~ ^[1-9][0-9]*$ ]]; then fail "--jobs should be a positive number, not '$jobs'"; fi
 if [ $act = sweep ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}; fi
-mkdir -p "$out/logs" && $act; exit
+if [[ -z $out || $out == -* ]]; then fail "--out should be a folder, not '$out'"; fi
+mkdir -p "$out/logs" || exit 2; $act; exit

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and sys.stderr.isatty():
+if __name__ == "__main__" and sys.stderr and sys.stderr.isatty():
     print("loading PyTorch ...", file=sys.stderr)
 
 import data

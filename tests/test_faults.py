@@ -346,6 +346,13 @@ def test_a_disk_that_is_full_at_a_checkpoint(left, small_disk, monkeypatch, caps
     assert script("--out", small_disk) == 0 and results(small_disk) == undisturbed()
 
 
+def test_a_folder_that_can_be_made_in_part_only_leaves_nothing(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,nr_inodes=3", small_disk], check=True)
+    assert script("--out", small_disk / "a" / "b" / "c") == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1 and not any(small_disk.iterdir())
+
+
 def test_a_disk_that_is_full_at_the_record(small_disk, monkeypatch, capsys):
     real = runner.finish
 
@@ -377,6 +384,14 @@ def test_memory_that_is_not_there_is_one_line(capsys):
     assert runner.exit_code(lambda: bytearray(2**62)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: not enough memory") and error.count("\n") == 1
+
+
+def test_a_compiler_that_is_not_there_is_one_line(capsys, monkeypatch):
+    """Nothing else is compiled here."""
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "nonsuch"))
+    assert runner.exit_code(lambda: torch.compile(torch.sin)(torch.ones(9)) and None) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --compile: ") and "C++ compiler" in error and error.count("\n") == 1
 
 
 def test_errors_of_the_disk_that_are_not_about_space_are_not_hidden():

@@ -448,6 +448,24 @@ def test_csv_is_written_completely_or_not_at_all(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["here", "results"]  # no temporary file
 
 
+def test_an_output_that_is_full_is_one_line(tmp_path):
+    write(tmp_path, small_set()[:1])
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, PLOT, tmp_path, "--table", "table2"]
+        buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
+    assert (done.returncode, done.stderr) == (2, "error: cannot write the output: No space left on device\n")
+
+
+def test_names_that_are_no_text_are_written_all_the_same(tmp_path):
+    home = tmp_path / "caf\udce9"
+    write(home, small_set()[:1])
+    (home / "shapes" / "\udce9.json").write_text("{}")
+    done = run_plot(home, PYTHONIOENCODING="utf-8:strict")
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1), done.stderr
+    assert "\n- shapes/\\udce9.json: " in (home / "report" / "REPORT.md").read_text()
+
+
 @pytest.mark.parametrize("flags", [(), ("--table", "fig1"), ("--csv", "runs.csv")])
 @pytest.mark.parametrize("make", [False, True])
 def test_no_records(tmp_path, make, flags):

@@ -98,6 +98,12 @@ def test_lines_and_their_targets(monkeypatch):
     assert progress.read_lines() == {"table1": ["a '--x # y'", "b"], "fig1": ["c"], "": ["d"]}
 
 
+def test_no_line_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(progress.UserError, match="no command lines on stdin"):
+        progress.read_lines()
+
+
 def test_a_line_of_another_program_is_an_error():
     with pytest.raises(progress.UserError, match="no command line of this project: make all"):
         progress.point_of("make all")

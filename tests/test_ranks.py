@@ -415,7 +415,7 @@ def test_all_ranks_have_the_error_of_one_that_cannot_read_its_images(world, foun
 @pytest.mark.parametrize("local_rank", ["0", "1"])
 def test_an_error_of_one_rank_is_said_by_that_rank(local_rank, monkeypatch, tmp_path, capsys):
     """Such as an image that only it reads. What all ranks find, the first of a machine says."""
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(runner, "rank_variable", lambda _: int(local_rank))
     flags = f"--data shapes --depth 10 --width 1 --init none --bs 16 --lr 1 --device cpu --out {tmp_path}"
 
     def fail(*_, **__):

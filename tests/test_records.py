@@ -102,7 +102,8 @@ def test_a_name_holds_everything_that_is_not_as_usual():
 def test_the_folder_of_a_data_set():
     assert records.slug("CIFAR-10 (JPEG)") == "cifar-10-jpeg"
     assert records.slug("x" * 100) == "x" * 100
-    for name in ("", "///", "..", "Report", "logs", "speed", "slurm", "x" * 101, "\udcff", "é" * 51):
+    unprintable = "\udcff", "caf\udce9", "a\nb"
+    for name in ("", "///", "..", "Report", "logs", "speed", "slurm", "x" * 101, "é" * 51, *unprintable):
         with pytest.raises(UserError, match="gives no folder") as error:
             records.slug(name)
         str(error.value).encode()  # it can be printed
@@ -163,6 +164,10 @@ FAULTS = [
     (with_value("config", "lr", 0), "its lr cannot be 0"),
     (with_value("config", "lr", 10**400), "its lr cannot be 1000"),
     (with_value("config", "data", None), "its data cannot be None"),
+    (with_value("config", "data", "caf\udce9"), r"its data cannot be 'caf\\udce9'"),
+    (with_value("config", "dropout", "0.6"), "its dropout cannot be '0.6'"),
+    (with_value("config", "ghost", [16]), r"its ghost cannot be \[16\]"),
+    (with_value("config", "precision", {}), "its precision cannot be {}"),
     (with_value("config", "lr", 0.5), r"its name does not agree.*_lr2\^-1_"),
     (with_value("config", "seed", 17), "its name does not agree.*_s17"),
     (with_value("data", "fingerprint", None), "fingerprint is not a text"),
@@ -251,6 +256,21 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert error.value.filename == str(path)
     assert (path.read_bytes(), previous.read_bytes()) == (b"two", b"one")
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout can be
+    for name in ("folder", "pipe"):
+        with pytest.raises(OSError, match="not a file") as error, records.atomic_write(tmp_path / name):
+            pass
+        assert error.value.filename == str(tmp_path / name)
+    (tmp_path / "link").symlink_to("there")
+    for text in (b"one", b"two"):
+        with records.atomic_write(tmp_path / "link") as file:
+            file.write(text)
+        assert (tmp_path / "there").read_bytes() == text and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe", "there"]
 
 
 def test_the_first_difference_of_two_configurations_is_named():

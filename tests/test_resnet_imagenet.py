@@ -135,6 +135,7 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch):
     for cores, ranks, workers in ((8, 1, 8), (8, 4, 2), (1, 8, 1), (256, 2, 32)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
         assert parse_args([]).workers == workers
         assert parse_args(["--workers", "5"]).workers == 5
         assert parse_args(["--data", "shapes"]).workers == 0

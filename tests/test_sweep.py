@@ -265,6 +265,42 @@ def test_usage_errors(sandbox):
         assert done.stdout == "" and not (sandbox / "demo").exists()
 
 
+def test_words_that_bash_would_take_for_more_are_refused(sandbox):
+    (sandbox / "file").write_text("")
+    for argv, changes in (
+        (["demo"], {"LRS": "$(touch made)"}),
+        (["demo"], {"BATCHES": "16; touch made"}),
+        (["demo"], {"INITS": "*"}),
+        (["demo", "--out", ""], {}),
+        (["demo", "--out=-x"], {}),
+        (["demo", "--out", "--epochs"], {}),
+        (["demo", "--out", "two\nlines"], {}),
+        (["demo", "--out", "file"], {}),
+        (["demo"], {"PATH": "/usr/bin:/bin"}),  # of a shell where the environment is not active
+    ):
+        if changes.get("PATH") and shutil.which("python", path=changes["PATH"]):
+            continue
+        before = sorted(os.listdir(sandbox))
+        done = sweep(*argv, folder=sandbox, **changes)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", (argv, done)
+        assert sorted(os.listdir(sandbox)) == before
+    assert len(printed("fig1", "--lr", "1", INITS="bn", BATCHES="16\n32", LRS="2^-3\n2^-2")) == 2
+
+
+def test_a_sweep_may_be_called_through_a_link_from_any_shell(sandbox):
+    (sandbox / "elsewhere").mkdir()
+    link = sandbox / "elsewhere" / "link.sh"
+    link.symlink_to("../sweep.sh")
+    words = ["demo", "--seeds", "1", "--jobs", "1"]
+    for way, folder in ((link.name, link.parent), (f"{sandbox.name}/sweep.sh", sandbox.parent)):
+        surroundings = environment(CDPATH=f"{folder}:.", INITS="bn", DEPTHS="16")
+        done = subprocess.run(
+            ["bash", "-eu", way, *words], cwd=folder, env=surroundings, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done
+        shutil.rmtree(folder / "demo")
+
+
 def test_help_is_the_header(sandbox):
     for flag in ("-h", "--help"):
         done = sweep(flag, folder=sandbox)

@@ -200,7 +200,7 @@ BAD = """--depth 17; --depth 4; --lr nan; --lr 0; --lr=-1; --lr inf; --lr 2^x; -
 --bs 2^999999999; --epochs 0; --width 0; --seeds 0; --seed -1; --seed 2^-1; --seeds 2 --seed 1
 --dropout 1; --dropout nan; --init bn --dropout 0.5; --init bn --alpha 1; --init batchnorm
 --ghost -1; --init bn --bs 65 --ghost 16; --init bn --bs 64 --ghost 16 --micro 24; --wd -1
---momentum 1; --data mnist; --amp fp8; --train-size 0; --no-such-flag; --device meta
+--momentum 1; --see 1; --data mnist; --amp fp8; --train-size 0; --no-such-flag; --device meta
 --device tpu9; --device cuda:x; --data-name ***; --data-name report; --data-name logs"""
 BAD = [*map(str.strip, BAD.replace("\n", ";").split(";")), "--data-name " + 300 * "x"]
 
@@ -217,8 +217,15 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(flags, tmp_path, capsys):
 def test_of_ranks_with_bad_flags_one_per_machine_says_so(capsys, monkeypatch):
     for rank in "012":
         monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "3")
         assert script("--depth", 17) == 2
         assert capsys.readouterr().err.count("error: ") == (rank == "0")
+        for world in ("1", "", "x"):  # what was left over in a shell
+            monkeypatch.setenv("WORLD_SIZE", world)
+            monkeypatch.setenv("RANK", rank)
+            assert script("--depth", 17) == 2 and script("--dry-run") == 0
+            said = capsys.readouterr()
+            assert said.err.count("error: ") == 1 and "at most 1 runs" in said.out
 
 
 def test_bad_data_ends_in_one_line(tmp_path, capsys):
@@ -534,6 +541,12 @@ def test_help_has_examples_and_no_empty_defaults(module, capsys):
     assert said.count(f" {module.__name__}.py ") >= 2
     assert "None" not in said and "(default: False)" not in said
     assert "(default: zeroinit)" in said and "[what the paper leads to expect]" in said
+
+
+def test_closed_streams_do_not_end_a_run(tmp_path):
+    """As those of some daemons."""
+    words = sys.executable, HERE / "wrn_cifar.py", *QUICK.split(), "--out", tmp_path, "--dry-run"
+    assert subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]).returncode == 0
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
