@@ -196,9 +196,9 @@ def shapes(n: int, seed: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     start = rng.integers(0, size, (2, n, 1))
     y, x = (np.arange(size) + start) * 4 // side % 4
     lit = tiles[labels[:, None, None], y[:, :, None], x[:, None, :]][..., None]
-    back = rng.integers(0, 96, (n, 1, 1, 3), dtype=np.uint8)
-    colour = rng.integers(32, 96, (n, 1, 1, 3), dtype=np.uint8)
-    return rng.integers(0, 64, (n, size, size, 3), dtype=np.uint8) + back + lit * colour, labels
+    back = rng.integers(0, 48, (n, 1, 1, 3), dtype=np.uint8)
+    colour = rng.integers(96, 176, (n, 1, 1, 3), dtype=np.uint8)
+    return rng.integers(0, 32, (n, size, size, 3), dtype=np.uint8) + back + lit * colour, labels
 
 
 # ------------------------------------------------------------------------------------------------------ files

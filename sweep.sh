@@ -36,7 +36,7 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on ImageNet, identity skip paths
 table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
 demo() { # what depth does with He's initial weights: a block without normalization doubles the variance
-    flags="--data shapes --width 1 --bs 8 --epochs 1 --base-init he-in --amp off --out demo"
+    flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --base-init he-in --amp off --out demo"
     for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
         case $init$depth in none16) k="10 8 6" ;; none*) k="16 13 10 7" ;; *) k="7 5 3" ;; esac
         INITS=$init seeds=1 rates="--lr ${LRS:-2^-${k// / 2^-}}" wrn "" --depth $depth $flags

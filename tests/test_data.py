@@ -244,9 +244,9 @@ def test_shapes_are_what_the_docstring_says():
     rng = np.random.default_rng(7)  # the same numbers, laid out pixel by pixel
     assert np.array_equal(labels, rng.permutation([i % 10 for i in range(n)]))
     side, start = rng.integers(size // 2, size + 1, (2, n)), rng.integers(0, size, (2, n))
-    back = rng.integers(0, 96, (n, 3), dtype=np.uint8)
-    colour = rng.integers(32, 96, (n, 3), dtype=np.uint8)
-    grain = rng.integers(0, 64, images.shape, dtype=np.uint8)
+    back = rng.integers(0, 48, (n, 3), dtype=np.uint8)
+    colour = rng.integers(96, 176, (n, 3), dtype=np.uint8)
+    grain = rng.integers(0, 32, images.shape, dtype=np.uint8)
     words = data.PATTERNS.split()
     for i in range(n):
         for y in range(size):
