@@ -38,7 +38,7 @@ table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU aft
 demo() { # what depth does with He's initial weights: a block without normalization doubles the variance
     flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --base-init he-in --amp off --out demo"
     for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
-        case $init$depth in none16) k="10 8 6" ;; none*) k="16 13 10 7" ;; *) k="7 5 3" ;; esac
+        case $init$depth in none16) k="12 10 8 6" ;; none*) k="16 13 10 7 4" ;; *) k="7 5 3 1" ;; esac
         INITS=$init seeds=1 rates="--lr ${LRS:-2^-${k// / 2^-}}" wrn "" --depth $depth $flags
     done; done
 }
@@ -121,7 +121,7 @@ cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) worke
 if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
 [[ $* == *$'\n'* || $LRS$INITS$BATCHES$DEPTHS$NPROC =~ $odd ]] &&
-    fail "a flag has a line break, or LRS, INITS, BATCHES, DEPTHS or NPROC other characters than a-z 0-9 _.^+-"
+    fail "a line break in a flag, or LRS, INITS, BATCHES, DEPTHS, NPROC with more than letters, digits, _.^+-"
 command -v python >/dev/null || fail "there is no command 'python': activate its environment"
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
