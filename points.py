@@ -385,7 +385,7 @@ def print_plan(script, point: Point, args):
     """Print what `train_point` would do: the net, the updates, the division of a batch, the runs."""
     images, classes = script.count_images(args)
     plan, config = point.plan(), point.config((point.rates[0], point.seeds[0]))
-    bs, epochs, world = config["bs"], config["epochs"]("WORLD_SIZE", 1)
+    bs, epochs, world = config["bs"], config["epochs"], rank_variable("WORLD_SIZE", 1)
     if bs > images:
         raise UserError(f"--bs {bs} is more than the {images} training images")
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)

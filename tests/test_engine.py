@@ -417,4 +417,6 @@ def test_cuda_without_a_number_is_a_ranks_own_gpu(monkeypatch, name, number):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert runner.pick_device(name) == torch.device("cuda", number) and chosen == [number]
