@@ -467,7 +467,8 @@ def print_table(sections, name):
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
         parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
-    return "\n\n".join(parts) or f"{target.title}: nothing was run yet (bash sweep.sh {name})"
+    nothing = f"{target.title}: nothing was run at its depths and batch sizes yet (bash sweep.sh {name})"
+    return "\n\n".join(parts) or nothing
 
 
 def caption_of(section, target):

@@ -410,7 +410,7 @@ def test_same_bytes_each_time(tmp_path):
             "demo",
             ["Depth. All methods, batch size 16\nshapes, width 1, 2 epochs\n", "No Normalization"],
         ),
-        ("table4", ["Table 4: nothing was run yet (bash sweep.sh table4)"]),
+        ("table4", ["Table 4: nothing was run at its depths and batch sizes yet (bash sweep.sh table4)"]),
     ],
 )
 def test_a_table_as_text(results, capsys, monkeypatch, name, lines):
