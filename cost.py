@@ -92,16 +92,18 @@ def find_speed(records: list[dict], config: dict, flags, bs: float):
 
     Raises UserError, which says what would measure it, if there is none.
     """
-    device, other = device_name(find_device(flags.device)), ""
+    device, other, method = device_name(find_device(flags.device)), "", ""
     for record in (record for record in records if record["model"].startswith(config["model"])):
         if record["device"] != device:
             other = f" ({record['file']} is of {record['device']})"
         elif speed := speed_of(record, config, flags, bs):
             return record, speed
+        else:
+            method = f"{config['init']} of "  # others were measured
     command = "python speed.py" + (" --model resnet50-v2" if config["model"] == "resnet50" else "")
     command += f" --amp {config['precision']}" if config["precision"] != "float32" else ""
     command += " --compile" if flags.compile else ""
-    what = f"{config['init']} of {config['model']} in {config['precision']} on {device}"
+    what = f"{method}{config['model']} in {config['precision']} on {device}"
     raise UserError(f"no record tells the speed of {what}{other}: `{command}` measures it")
 
 

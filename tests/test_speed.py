@@ -282,7 +282,7 @@ def test_cost_of_resnet50(tmp_path, capsys):
     found, notes = cost_of(tmp_path, capsys, f"{line} # table4", wrn)
     assert found["table4"] == pytest.approx([1, 5, math.nan, 5, math.nan], nan_ok=True)
     assert found["table1"][2] == pytest.approx(50_000 / 100 / 3600, abs=0.05) and math.isnan(found["all"][2])
-    assert notes[0].startswith("?: no record tells the speed of bn of resnet50")
+    assert notes[0].startswith("?: no record tells the speed of resnet50")
     assert "`python speed.py --model resnet50-v2`" in notes[0]
     rows = [row("bn", bs, "eager", images) for bs, images in ((64, 40), (128, 50))]
     write_record(tmp_path, "resnet50-v2", rows)
