@@ -332,6 +332,8 @@ def draw(record: dict, path: Path):
             panel.errorbar(x, y, bars, label=", ".join(way), marker=marker, capsize=3)
         panel.set(title=method, xlabel="batch size", yscale="log")
         panel.set_xscale("log", base=2)
+    sizes = [row.bs for row in record["rows"]]
+    axes[0][0].set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)  # also of a single batch size
     axes[0][0].set_ylabel("images per second")
     figure.suptitle(f"{record['model']} on {record['device']}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
