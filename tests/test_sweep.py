@@ -513,11 +513,12 @@ def test_two_workers_make_one_point_together(tmp_path):
     assert point.plan().missing == [] and len(point.plan().asked) == 9
     assert {path.suffix for path in point.folder.iterdir()} == {".json"}
     first, *lines = done.stdout.splitlines()
-    assert first == "table1: 1 points, at most 9 runs, 0 of them done; 2 workers"
+    head = re.fullmatch("table1: 1 points, at most 9 runs, ([01]) of them done; 2 workers", first)
+    early = int(head[1])  # a worker may be done with a run before the first look
     lines = [line for line in lines if line.startswith("[")]
-    assert len(lines) == 9 and max(map(len, lines)) <= 80
+    assert len(lines) == 9 - early and max(map(len, lines)) <= 80
     name = r"wrn10-1 biases\+dropout B 32 2\^-[345] seed [0-2]: [\d.]+%"
-    assert re.fullmatch(rf"\[1/9 runs, about \d+ min\] {name}", lines[0])
+    assert re.fullmatch(rf"\[{1 + early}/9 runs, about \d+ min\] {name}", lines[0])
     assert re.fullmatch(rf"\[9/9 runs\] {name}", lines[-1])
     both = [sum(".json)" in word for word in rest) for rests in logs(out).values() for rest in rests]
     assert len(both) == 2 and sum(both) >= 9 and min(both) > 0
