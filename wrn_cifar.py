@@ -1,7 +1,7 @@
 """Wide-ResNets on CIFAR-10: Figures 1 to 4 and Tables 1 to 3 of the paper.
 
     python wrn_cifar.py --init zeroinit --bs 64 --seeds 15 --search best    # the last row of Table 1
-    python wrn_cifar.py --data shapes --width 1 --bs 16 --epochs 3          # two minutes on CPU, no download
+    python wrn_cifar.py --data shapes --width 1 --bs 16 --epochs 3          # a minute on a CPU, no download
 
 Each run leaves one JSON record in --out; runs that have theirs are skipped, so the same command goes on.
 """
