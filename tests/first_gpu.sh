@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The first half hour on a GPU: its tests, `speed.py --short`, then Table 1 at the paper's protocol with one seed
+# The first half hour on a GPU: its tests, `speed.py --short`, then Table 1 at the paper's protocol, one seed
 # (and batch norm): each method at the rate that is expected to be its best, then at those around it.
 #
-#   bash tests/first_gpu.sh    # a slice of ten minutes; the same command goes on until it says that all is done
+#   bash tests/first_gpu.sh    # a slice of ten minutes; the same command goes on until all is done
 #
 # It may be cut off at any moment: what was done is left out, a run goes on from its checkpoint. Environment:
 #   LIMIT     seconds that a slice may take [570]
