@@ -22,7 +22,7 @@ import numpy as np
 
 from claims import FAILS, HOLDS, TIED, UNDECIDED, judge_all, judge_speed, number
 from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, make_sections, name_of
-from records import ACCURACY, LOSS, atomic_write, flush, power, read_all, statistic
+from records import ACCURACY, LOSS, atomic_write, flush, plural, power, read_all, statistic
 
 # -------------------------------------------------------------------------------------------------- pictures
 
@@ -536,7 +536,7 @@ def protocol(section):
     lost = sum(run["status"] == "diverged" for run in runs)
     found = {key: {str(run["environment"].get(key)) for run in runs} for key in ("device", "torch", "commit")}
     made = [f"{key} {', '.join(sorted(values))}" for key, values in found.items()]
-    return f"{told}. {len(runs)} runs, {lost} diverged; {'; '.join(made)}."
+    return f"{told}. {plural(len(runs), 'run')}, {lost} diverged; {'; '.join(made)}."
 
 
 def small_multiples(section, draws, metric, without=()):
@@ -640,7 +640,7 @@ def main():
     try:
         if args.csv:
             write_csv(args.csv, records)
-            print(f"{args.csv}: {len(records)} runs")
+            print(f"{args.csv}: {plural(len(records), 'run')}")
         elif args.table:
             print(print_table(make_sections(records), args.table))
         else:

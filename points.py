@@ -24,7 +24,7 @@ from tqdm import tqdm
 import records
 from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
 from ranks import rank_variable
-from records import UserError, check_same, find_record, flush, power, run_name, slug
+from records import UserError, check_same, find_record, flush, plural, power, run_name, slug
 
 
 def say(text: str):
@@ -377,7 +377,9 @@ def describe(script, point: Point, args, classes: int) -> str:
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
     rates += "" if args.lr else " (the default)"
     text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
-    text += f"B {point.shared['bs']}, {epochs} epochs, {rates}, {seeds}, {point.shared['precision']}"
+    text += (
+        f"B {point.shared['bs']}, {plural(epochs, 'epoch')}, {rates}, {seeds}, {point.shared['precision']}"
+    )
     return f"{text} on {find_device(args.device)}"
 
 
@@ -397,7 +399,7 @@ def print_plan(script, point: Point, args):
     text = f"{world} ranks, each {division.per_rank} images of a batch in passes of {division.micro}"
     text += f", ghost batches of {division.ghost}" if division.ghost else ""
     say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
-    say(f"at most {plan.at_most} runs, {len(point.found)} of them done:")
+    say(f"at most {plural(plan.at_most, 'run')}, {len(point.found)} of them done:")
     for key in plan.asked:
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from points import Point, is_running, say
-from records import UserError
+from records import UserError, plural
 
 SCRIPTS = ("wrn_cifar.py", "resnet_imagenet.py")
 NO_FAILURE = (0, 75, 76)  # done, interrupted, the rest is in other processes' hands
@@ -173,8 +173,8 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.at_most for task in tasks), time.monotonic(), time.time()
     say(
-        f"{', '.join(targets)}: {len(tasks)} points, at most {most} runs, {done} of them done; "
-        f"{len(workers)} workers"
+        f"{', '.join(targets)}: {plural(len(tasks), 'point')}, at most {plural(most, 'run')}, "
+        f"{done} of them done; {plural(len(workers), 'worker')}"
     )
     alive = True
     while alive and any(task.plan.missing for task in tasks):

@@ -44,6 +44,11 @@ def power(rate: float) -> str:
     return f"2^{exponent - 1}" if mantissa == 0.5 else str(float(rate)).removesuffix(".0")
 
 
+def plural(number: int, what: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def slug(data_name: str) -> str:
     """The folder of a data set's records. Raises UserError for a name that gives none."""
     folder = "-".join("".join(c if c.isalnum() else " " for c in data_name.lower()).split())

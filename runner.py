@@ -40,7 +40,7 @@ from points import (
     take_lock,
 )
 from ranks import rank_variable
-from records import UserError, atomic_write, check_same, find_record, flush
+from records import UserError, atomic_write, check_same, find_record, flush, plural
 
 # -------------------------------------------------------------------------------- exit codes and signals
 
@@ -335,7 +335,7 @@ def train_point(script, point: Point, args):
             train_side_by_side(point, limit, start, args, data)
     plan = agreed(point.plan())
     if plan.missing:
-        raise Elsewhere(f"the rest is in the hands of other processes ({len(plan.missing)} runs)")
+        raise Elsewhere(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
     say_end(point, plan)
 
 
@@ -358,7 +358,8 @@ def say_end(point: Point, plan: records.Plan):
     """Say that a point is finished."""
     for note in plan.notes:
         say(note)
-    say(f"all is done ({len(plan.asked)} runs): `python plot.py {point.folder.parent}` makes the report")
+    runs = plural(len(plan.asked), "run")
+    say(f"all is done ({runs}): `python plot.py {point.folder.parent}` makes the report")
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
@@ -422,7 +423,7 @@ def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int
                 raise
             if not jobs:
                 raise UserError("one run does not fit into the device's memory: try --micro") from None
-            say(f"the device's memory holds {len(jobs)} runs at a time")
+            say(f"the device's memory holds {plural(len(jobs), 'run')} at a time")
             return len(jobs), True
         if job is None:
             return limit, False

@@ -1,6 +1,6 @@
 """How fast this code trains, beside a plain PyTorch loop, and what the paper's experiments therefore cost.
 
-    python speed.py                         # Wide-ResNet 16-4: table, record and picture, in results/speed/
+    python speed.py                         # Wide-ResNet 16-4: table, record, picture (a CPU takes long)
     python speed.py --short                 # under four minutes on a GPU
     python speed.py --model resnet50-v2     # for Tables 4 and 5
     bash sweep.sh table1 --dry-run | python speed.py --cost     # runs and hours of command lines

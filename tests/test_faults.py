@@ -460,7 +460,7 @@ def test_a_run_that_another_process_makes_is_left_to_it(tmp_path, capsys):
     with take_lock(path):
         assert is_running(path)
         assert script("--out", tmp_path, "--seeds", 2) == 76
-        assert "the rest is in the hands of other processes (1 runs)" in capsys.readouterr().out
+        assert "the rest is in the hands of other processes (1 run)" in capsys.readouterr().out
         assert list(results(tmp_path)) == [NAME.replace("s00", "s01")]
     assert not is_running(path) and script("--out", tmp_path) == 0
 

@@ -185,7 +185,7 @@ def test_watch_prints_a_line_per_run_and_ends_when_all_are_done(tmp_path, worker
 
     assert watch(lines, worker, [lambda: None, two, lambda: write(second, (2**-2, 0), 0.1)], monkeypatch) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "table1: 2 points, at most 4 runs, 1 of them done; 1 workers"
+    assert said[0] == "table1: 2 points, at most 4 runs, 1 of them done; 1 worker"
     assert said[1].startswith("[2/4 runs") and said[1].endswith("] wrn16-4 bn B 64 2^-2 seed 0: diverged")
     assert said[2].startswith("[3/4 runs, about ")
     assert said[2].endswith("] wrn16-4 biases+dropout B 64 2^-3 seed 0: 94.1%")
@@ -241,7 +241,7 @@ def test_nothing_to_do_is_said_at_once(tmp_path, worker, monkeypatch, capsys):
     lines = [line(tmp_path, "--lr", "2^-3")]
     write(progress.point_of(lines[0]), (2**-3, 0), 0.5)
     assert watch(lines, worker, [], monkeypatch) == 0
-    assert capsys.readouterr().out == "table1: 1 points, at most 1 runs, 1 of them done; 1 workers\n"
+    assert capsys.readouterr().out == "table1: 1 point, at most 1 run, 1 of them done; 1 worker\n"
 
 
 def test_the_time_that_is_left(tmp_path):

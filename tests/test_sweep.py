@@ -513,7 +513,7 @@ def test_two_workers_make_one_point_together(tmp_path):
     assert point.plan().missing == [] and len(point.plan().asked) == 9
     assert {path.suffix for path in point.folder.iterdir()} == {".json"}
     first, *lines = done.stdout.splitlines()
-    head = re.fullmatch("table1: 1 points, at most 9 runs, ([01]) of them done; 2 workers", first)
+    head = re.fullmatch("table1: 1 point, at most 9 runs, ([01]) of them done; 2 workers", first)
     early = int(head[1])  # a worker may be done with a run before the first look
     lines = [line for line in lines if line.startswith("[")]
     assert len(lines) == 9 - early and max(map(len, lines)) <= 80

@@ -225,7 +225,7 @@ def test_of_ranks_with_bad_flags_one_per_machine_says_so(capsys, monkeypatch):
             monkeypatch.setenv("RANK", rank)
             assert script("--depth", 17) == 2 and script("--dry-run") == 0
             said = capsys.readouterr()
-            assert said.err.count("error: ") == 1 and "at most 1 runs" in said.out
+            assert said.err.count("error: ") == 1 and "at most 1 run," in said.out
 
 
 def test_bad_data_ends_in_one_line(tmp_path, capsys):
