@@ -371,15 +371,13 @@ def describe(script, point: Point, args, classes: int) -> str:
     key = point.rates[0], point.seeds[0]
     with torch.device("meta"):
         net = script.make_net(point.config(key), classes)
-    weights, epochs = sum(p.numel() for p in net.parameters()), point.shared["epochs"]
+    weights, epochs = sum(p.numel() for p in net.parameters()), plural(point.shared["epochs"], "epoch")
     rates, many = [power(rate) for rate in sorted(point.rates)], len(point.rates) > 1
     rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
     rates += "" if args.lr else " (the default)"
     text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
-    text += (
-        f"B {point.shared['bs']}, {plural(epochs, 'epoch')}, {rates}, {seeds}, {point.shared['precision']}"
-    )
+    text += f"B {point.shared['bs']}, {epochs}, {rates}, {seeds}, {point.shared['precision']}"
     return f"{text} on {find_device(args.device)}"
 
 

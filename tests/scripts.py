@@ -54,7 +54,7 @@ def child(script: str, words, log: str, environment: dict):
         fcntl.ioctl(file, termios.TIOCSCTTY, 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ |= environment
     torch.set_num_threads(1)
     data.SHAPES, data.SHAPES_TEST = SIZES
