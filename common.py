@@ -425,6 +425,9 @@ def learning_rate(base: float, seen: int, budget: int, halvings: int = 10) -> fl
 def make_optimizer(net: nn.Module, config: dict) -> torch.optim.SGD:
     """SGD with heavy ball; L2 on convolution and classifier weights only, with `l2_all` on everything.
 
+    The velocity v of a parameter w is m v + (1 - dampening) (gradient + L2 w), and w moves by -rate v. With
+    dampening m, as by default, rates are "effective" ones: PyTorch's default of 0 needs them 1 - m as large.
+
     Each group's "lr" is a tensor on the device, to be filled with the scheduled rate times the group's
     "multiplier": `scalar_lr` for the 0-dim parameters, one for the rest.
     """
@@ -434,7 +437,8 @@ def make_optimizer(net: nn.Module, config: dict) -> torch.optim.SGD:
         if chosen := [p for p in parameters if min(p.ndim, 2) == dims]:
             rate = torch.zeros((), device=chosen[0].device)
             groups.append({"params": chosen, "weight_decay": decay, "multiplier": multiplier, "lr": rate})
-    optimizer = torch.optim.SGD(groups, momentum=config["momentum"], fused=True)
+    heavy_ball = {"momentum": config["momentum"], "dampening": config["dampening"]}
+    optimizer = torch.optim.SGD(groups, **heavy_ball, fused=True)
     for p in parameters if config["momentum"] else ():  # made now, because they are part of a run's state
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer

@@ -93,6 +93,12 @@ def add_shared_flags(parser: Parser, **defaults):
     add("--lr", type=rate, nargs="+", help="learning rates: 0.25 or 2^-2 [what the paper leads to expect]")
     add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
     add("--momentum", type=fraction, default=0.9, help="heavy ball")
+    add(
+        "--dampening",
+        type=fraction,
+        help="of the gradient in the heavy ball; PyTorch's default is 0, and needs a tenth of the rates here "
+        "[as --momentum, which is how the paper's rates are read]",
+    )
     add("--wd", type=coefficient, help="L2 coefficient")
     add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")
     add("--scalar-lr", type=rate, default=1.0, help="multiplies the learning rate of the 0-dim parameters")
@@ -273,13 +279,14 @@ def make_point(
     """
     method = METHODS[args.init]
     defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "lecun"}
+    defaults["dampening"] = args.momentum
     defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
     defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
     defaults["dropout"] *= method.dropout
     flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
     shared = {"data": args.data_name} | net | flags
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
-    for key in ("dropout", "alpha"):
+    for key in ("dropout", "alpha", "dampening"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
     steps = range(-around, around + 1) if args.search else [0]
     rates = args.lr or [expected_rate * 2.0**step for step in steps]

@@ -75,11 +75,11 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def make_point(args: argparse.Namespace) -> points.Point:
-    """All runs that the flags may ask for; the expected rate is about 0.1 * B / 256."""
+    """All runs that the flags may ask for; the expected rate is B / 256, in PyTorch's convention 0.1 * B / 256."""
     net = {"model": "resnet50", "version": args.arch}
     defaults = {"ghost": 256, "dropout": 0.2, "wd": 1e-4}
     defaults |= {"stride_on": STRIDE_ON[args.arch], "image_size": 224}
-    rate = 2**-3 * points.power_of_two(args.bs) / 256
+    rate = points.power_of_two(args.bs) / 256
     prefix, metrics = f"resnet50-{args.arch}", (ACCURACY,)
     return points.make_point(args, prefix, net, defaults, rate, around=2, metrics=metrics)
 

@@ -53,7 +53,7 @@ def test_names_hold_what_decides_the_result():
     assert names(flags) == ["resnet50-v2_zeroinit_bs1024_lr2^-1_ep90_s00"]
     assert names(flags + " --stride-on 3x3") == names(flags + " --stride-on 3x3 --arch v2") == names(flags)
     assert names("--arch v1 --stride-on 1x1 --lr 0.1") == ["resnet50-v1_zeroinit_bs256_lr0.1_ep90_s00"]
-    assert names("--arch v1 --stride-on 3x3") == ["resnet50-v1_zeroinit_bs256_lr2^-3_ep90_3x3_s00"]
+    assert names("--arch v1 --stride-on 3x3") == ["resnet50-v1_zeroinit_bs256_lr2^0_ep90_3x3_s00"]
     assert names("--init bn --bs 64 --lr 1 --seed 3") == ["resnet50-v2_bn_bs64_lr2^0_ep90_s03"]
     assert names("--init bn --ghost 0 --bs 512 --lr 1 2") == [
         "resnet50-v2_bn_bs512_lr2^0_ep90_ghost512_s00",
@@ -62,15 +62,15 @@ def test_names_hold_what_decides_the_result():
     base = names("--init bn")
     for flag in ("--micro 256", "--workers 3", "--eval-every 2", "--data-dir elsewhere"):
         assert names(f"--init bn {flag}") == base
-    changes = "--arch v1,--bs 32,--lr 1,--epochs 2,--ghost 8,--wd 0,--momentum 0.5,--l2-all,--scalar-lr 0.1"
+    changes = "--arch v1,--bs 32,--lr 2,--epochs 2,--ghost 8,--wd 0,--momentum 0.5,--dampening 0,--l2-all,--scalar-lr 0.1"
     changes += ",--base-init he-in,--stride-on 1x1,--image-size 64,--seed 1,--amp bf16"
-    assert len({*base, *(names(f"--init bn {flag}")[0] for flag in changes.split(","))}) == 15
+    assert len({*base, *(names(f"--init bn {flag}")[0] for flag in changes.split(","))}) == 16
     assert len({*names("--dropout 0.5"), *names("--alpha 1"), *names("")}) == 3
-    assert names("--arch v1 --init zeroinit+bias") == ["resnet50-v1_zeroinit+bias_bs256_lr2^-3_ep90_s00"]
+    assert names("--arch v1 --init zeroinit+bias") == ["resnet50-v1_zeroinit+bias_bs256_lr2^0_ep90_s00"]
 
 
 def test_the_rate_follows_the_batch_size():
-    for bs, rate in ((32, "2^-6"), (256, "2^-3"), (1024, "2^-1"), (4096, "2^1")):
+    for bs, rate in ((32, "2^-3"), (256, "2^0"), (1024, "2^2"), (4096, "2^4")):
         assert f"_lr{rate}_" in names(f"--bs {bs}")[0]
 
 
@@ -81,7 +81,7 @@ def test_the_configuration_has_everything_resolved(tmp_path):
     assert point.path(key) == Path("somewhere/ilsvrc/resnet50-v1_bn_bs256_lr2^-2_ep90_s02.json")
     assert point.config(key) == {
         "data": "ILSVRC", "model": "resnet50", "version": "v1", "init": "bn", "bs": 256, "epochs": 90,
-        "ghost": 256, "dropout": 0.0, "alpha": None, "wd": 1e-4, "momentum": 0.9, "l2_all": False,
+        "ghost": 256, "dropout": 0.0, "alpha": None, "wd": 1e-4, "momentum": 0.9, "dampening": 0.9, "l2_all": False,
         "scalar_lr": 1.0, "base_init": "lecun", "stride_on": "1x1", "image_size": 224,
         "precision": "float32", "lr": 0.25, "seed": 2,
     }  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_plan_counts_the_images_and_classes_of_the_folder(tmp_path, capsys):
     flags = "--arch v1 --bs 2 --epochs 4 --dry-run --data-dir"
     assert script(flags, tmp_path / "photographs") == 0
     plan = capsys.readouterr().out
-    assert "B 2, 4 epochs, rate 2^-10 (the default), seed 0" in plan and "9 images: 18 updates" in plan
+    assert "B 2, 4 epochs, rate 2^-7 (the default), seed 0" in plan and "9 images: 18 updates" in plan
     assert f"{25_530_488 - 997 * 2049:,} parameters, 3 classes" in plan
     assert script(flags, tmp_path / "absent") == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -76,16 +76,16 @@ def expected_weights(run, updates, ghost, wd, l2_all, scalar_lr):
         lr = 2**-4 if seen < budget / 2 else 2**-4 * 0.5 ** (1 + (seen - budget / 2) // (budget / 20))
         with torch.no_grad():
             for p, v, g in zip(net.parameters(), velocity, gradients, strict=True):
-                v.mul_(0.9).add_(g)
+                v.mul_(0.9).add_((1 - run.config["dampening"]) * g)
                 p.sub_(lr * (scalar_lr if p.ndim == 0 else 1) * v)
         seen += 8
     return list(net.parameters()), running_statistics(net)
 
 
 @pytest.mark.parametrize("init", [init for init in METHODS if init != "zeroinit+bias"])
-@pytest.mark.parametrize("micro", [8, 4])
-def test_steps_equal_a_float64_loop(init, micro):
-    run = tiny_run(f"--init {init} --ghost 4 --wd 0.01", micro=micro)
+@pytest.mark.parametrize("micro, dampening", [(8, 0), (4, 0.9)])
+def test_steps_equal_a_float64_loop(init, micro, dampening):
+    run = tiny_run(f"--init {init} --ghost 4 --wd 0.01 --dampening {dampening}", micro=micro)
     parameters, statistics = expected_weights(run, 9, 4, 0.01, False, 1.0)
     advance(run, 9)
     for ours, reference in zip(run.net.parameters(), parameters, strict=True):

@@ -55,7 +55,7 @@ def test_a_record_says_what_was_run_and_what_came_out(tmp_path):
     assert found == "wrn10-1_zeroinit_bs32_lr2^-3_ep2_trainsize96_s04"
     assert record["config"] == {
         "data": "shapes", "model": "wrn", "depth": 10, "width": 1, "init": "zeroinit", "bs": 32, "epochs": 2,
-        "ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "momentum": 0.9, "l2_all": False,
+        "ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "momentum": 0.9, "dampening": 0.9, "l2_all": False,
         "scalar_lr": 1.0, "base_init": "lecun", "pad_mode": "zeros", "train_size": 96,
         "precision": "float32", "lr": 0.125, "seed": 4,
     }  # fmt: skip
