@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._triton import has_triton
 
 from ranks import BatchNormOverRanks, Division, SumOverRanks, combine_ranks, divide_batch, rank_group, ranks
 from records import UserError
@@ -92,6 +93,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return self.normalize(x)
         if torch.compiler.is_compiling():
             return self.spell_out(x)
+        if x.is_cuda and has_triton():
+            return fused()(self, x)
         return torch.cat([self.normalize(part) for part in x.split(self.ghost)])
 
     def normalize(self, x):
@@ -128,6 +131,17 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         steps = torch.arange(len(new) - 1, -1, -1, device=new.device, dtype=new.dtype)
         weights = self.momentum * (1 - self.momentum) ** steps
         running.mul_((1 - self.momentum) ** len(new)).add_(weights @ new)
+
+
+@functools.cache
+def fused():
+    """`spell_out`, compiled: for each shape of x once, in some seconds.
+
+    On an H200 an update of Wide-ResNet 16-4 with B 512 and ghost batches of 64 is 1.49 times as fast as with
+    a loop over the ghost batches.
+    """
+    torch._dynamo.config.recompile_limit = 64  # shapes; beyond it the function would not be compiled
+    return torch.compile(GhostBatchNorm2d.spell_out, dynamic=False)
 
 
 class ScalarBias(nn.Module):
@@ -313,7 +327,7 @@ class WideResNet(ResidualNet):
         ghost=64,
         dropout=None,
         alpha=0.0,
-        base_init="lecun",
+        base_init="he-in",
     ):
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
@@ -350,7 +364,7 @@ class ResNet50(ResidualNet):
         ghost=256,
         dropout=None,
         alpha=0.0,
-        base_init="lecun",
+        base_init="he-in",
         stride_on=None,
     ):
         method = replace(METHODS[init], alpha=alpha)
@@ -382,10 +396,11 @@ class ResNet50(ResidualNet):
 def draw_weights(weight, base_init: str):
     """Fill a convolution's or the classifier's weight from the base distribution.
 
-    The paper does not name it. "lecun", a normal of standard deviation 1/sqrt(fan_in) truncated at two
-    standard deviations, is the default of the framework in which the authors' group publishes, and with it
-    the plain network trains at the paper's learning rates. "he-in" and "he-out" are normals of sqrt(2/fan);
-    no ReLU follows the classifier, so the classifier keeps 1/sqrt(fan_in).
+    The paper does not name it. "he-in" (He et al., 2015) is a normal of standard deviation sqrt(2/fan_in):
+    with it the plain Wide-ResNet 16-4 stays finite at a rate of 2^-3 and diverges in five updates at 2^-2,
+    and the paper's optimal rate for that network saturates at 2^-3. With "he-out", sqrt(2/fan_out), it is
+    stable at 2^-1, with "lecun", 1/sqrt(fan_in) truncated at two standard deviations, at 2^1. No ReLU
+    follows the classifier, so the classifier keeps 1/sqrt(fan_in).
     """
     fan_in, fan_out = weight[0].numel(), weight.numel() // weight.shape[1]
     if base_init == "lecun" or weight.ndim == 2:
@@ -664,10 +679,15 @@ class Run:
         """Make a burst and a single update CUDA graphs in one memory pool; the run stays where it is."""
         self.begin_epoch()
         self.burst = min(self.burst, len(self.rows))
-        state, pool = self.state(), None
+        state, pool, used = self.state(), None, torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         for _ in range(3):  # cuDNN chooses its algorithms
             self.update_on(self.rows[:1])
         self.load(state)
+        # A graph needs as much again. Where there is too little, this fails; within a capture that would
+        # leave the stream capturing, and what is trained beside this run would fail as well.
+        needed = torch.cuda.max_memory_allocated(self.device) - used
+        torch.empty(needed, dtype=torch.uint8, device=self.device)
         for count in dict.fromkeys((self.burst, 1)):
             static = self.rows[:count].clone()
             replay, pool = record(functools.partial(self.update_on, static), self.generator, pool)

@@ -126,7 +126,7 @@ class Setup:
     protocol: dict
 
 
-OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "lecun"}
+OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
 CIFAR = OPTIONS | {"data": "CIFAR-10", "epochs": 200, "pad_mode": "zeros", "train_size": None}
 IMAGENET = OPTIONS | {"data": "ImageNet", "epochs": 90, "image_size": 224}
 SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets

@@ -278,7 +278,7 @@ def make_point(
     without batch norm have no ghost batches, those without dropout a probability of zero.
     """
     method = METHODS[args.init]
-    defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "lecun"}
+    defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
     defaults["dampening"] = args.momentum
     defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
     defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None

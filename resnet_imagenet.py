@@ -36,7 +36,7 @@ def make_parser() -> Parser:
     add("--ghost", type=natural, default=256, help="images per ghost batch of batch norm; 0: the whole batch")
     add("--dropout", type=fraction, help="drop probability of methods with dropout [0.2]")
     add("--alpha", type=points.coefficient, help="starting value of ZeroInit's scalar [0]")
-    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="of the initial weights")
+    add("--base-init", choices=("he-in", "he-out", "lecun"), default="he-in", help="of the initial weights")
     add("--stride-on", choices=("1x1", "3x3"), help="the convolution with the stride [1x1 in v1, 3x3 in v2]")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("folder", "shapes"), default="folder", help="the images")
@@ -75,7 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def make_point(args: argparse.Namespace) -> points.Point:
-    """All runs that the flags may ask for; the expected rate is B / 256, in PyTorch's convention 0.1 * B / 256."""
+    """All runs that the flags may ask for; the expected rate is B / 256 (with --dampening 0 a tenth)."""
     net = {"model": "resnet50", "version": args.arch}
     defaults = {"ghost": 256, "dropout": 0.2, "wd": 1e-4}
     defaults |= {"stride_on": STRIDE_ON[args.arch], "image_size": 224}

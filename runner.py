@@ -94,7 +94,7 @@ def exit_code(main) -> int:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        complain(f"--compile: {' '.join(str(error).split())[:200]}")
+        complain(f"torch.compile: {' '.join(str(error).split())[:200]}")
         return 2
     except MemoryError as error:
         complain(f"not enough memory: {error}")

@@ -37,7 +37,7 @@ from points import number, positive
 from records import UserError, atomic_write, slug
 
 # Bytes that an update of Wide-ResNet 16-4 in bf16 reads and writes per image, counted kernel by kernel.
-TRAFFIC = {"bn": 22.3e6, "bn, ghost batches": 26.1e6, "bn, compiled": 17.5e6, "without norm": 14e6}
+TRAFFIC = {"bn": 22.3e6, "bn, compiled": 17.5e6, "without norm": 14e6}
 
 # ---------------------------------------------------------------------------------------- ways to train
 

@@ -35,11 +35,11 @@ table3() { # d-2, ZeroInit without L2, and its scalar alone
 }
 table4() { seeds=1 resnet50 v2 "bn fixup zeroinit-nodropout zeroinit"; } # on ImageNet, identity skip paths
 table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU after each block
-demo() { # what depth does with He's initial weights: a block without normalization doubles the variance
-    flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --base-init he-in --amp off --out demo"
+demo() { # what depth does: each block without normalization doubles the variance
+    flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --amp off --out demo"
     for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
-        case $init$depth in none16) k="12 10 8 6" ;; none*) k="16 13 10 7 4" ;; *) k="7 5 3 1" ;; esac
-        INITS=$init seeds=1 rates="--lr ${LRS:-2^-${k// / 2^-}}" wrn "" --depth $depth $flags
+        case $init$depth in none16) k="-9 -7 -5 -3" ;; none*) k="-13 -9 -5 -1" ;; *) k="-5 -3 -1 1" ;; esac
+        INITS=$init seeds=1 rates="--lr ${LRS:-2^${k// / 2^}}" wrn "" --depth $depth $flags
     done; done
 }
 seeds=15 full=${FULL:+all} rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}

@@ -33,7 +33,7 @@ def make_parser() -> Parser:
     add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
     add("--dropout", type=fraction, help="drop probability of methods with dropout [0.6]")
     add("--alpha", type=points.coefficient, help="starting value of ZeroInit's scalar [0]")
-    add("--base-init", choices=("lecun", "he-in", "he-out"), default="lecun", help="of the initial weights")
+    add("--base-init", choices=("he-in", "he-out", "lecun"), default="he-in", help="of the initial weights")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("cifar10", "cifar100", "folder", "shapes"), default="cifar10", help="the images")
     add(

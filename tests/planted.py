@@ -100,9 +100,10 @@ def config_of(group, method, depth, bs, **changes):
     method, _, alpha = method.partition(", alpha ")
     init, resnet = method.split(" ")[0], group in ("v1", "v2")
     ghost = (bs if "whole" in method else min(bs, 256 if resnet else 64)) if init == "bn" else None
-    shared = {"init": init, "bs": bs, "ghost": ghost, "momentum": 0.9, "dampening": 0.9, "l2_all": False, "scalar_lr": 1.0}
+    shared = {"init": init, "bs": bs, "ghost": ghost, "l2_all": False, "scalar_lr": 1.0}
+    shared |= {"momentum": 0.9, "dampening": 0.9}
     shared |= {
-        "base_init": "lecun",
+        "base_init": "he-in",
         "precision": "float32",
         "alpha": float(alpha or 0) if "zeroinit" in init else None,
     }

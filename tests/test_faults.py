@@ -392,7 +392,7 @@ def test_a_compiler_that_is_not_there_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "nonsuch"))
     assert runner.exit_code(lambda: torch.compile(torch.sin)(torch.ones(9)) and None) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --compile: ") and "C++ compiler" in error and error.count("\n") == 1
+    assert error.startswith("error: torch.compile: ") and "C++ compiler" in error and error.count("\n") == 1
 
 
 def test_errors_of_the_disk_that_are_not_about_space_are_not_hidden():

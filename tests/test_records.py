@@ -27,7 +27,7 @@ CONFIG = {
     "bs": 64,
     "epochs": 3,
 }
-CONFIG |= {"ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "l2_all": False, "base_init": "lecun"}
+CONFIG |= {"ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "l2_all": False, "base_init": "he-in"}
 CONFIG |= {"pad_mode": "zeros", "train_size": None, "precision": "float32", "lr": 0.25, "seed": 7}
 OPTIONS = ("ghost", "dropout", "alpha", "wd", "l2_all", "base_init", "pad_mode", "train_size", "precision")
 DEFAULTS = {key: CONFIG[key] for key in OPTIONS}
@@ -85,10 +85,10 @@ def test_two_rates_never_share_a_name():
 
 
 def test_a_name_holds_everything_that_is_not_as_usual():
-    changes = {"dropout": 0.0, "wd": 0.0, "l2_all": True, "base_init": "he-in", "pad_mode": "reflect"}
+    changes = {"dropout": 0.0, "wd": 0.0, "l2_all": True, "base_init": "lecun", "pad_mode": "reflect"}
     changes |= {"train_size": 2500, "precision": "bf16", "seed": 123, "alpha": 1.0, "lr": 0.1}
     assert run_name("wrn16-4", CONFIG, DEFAULTS) + ".json" == NAME
-    options = "dropout0_alpha1_wd0_l2all_he-in_reflect_trainsize2500_bf16"
+    options = "dropout0_alpha1_wd0_l2all_lecun_reflect_trainsize2500_bf16"
     assert (
         run_name("wrn16-4", CONFIG | changes, DEFAULTS) == f"wrn16-4_zeroinit_bs64_lr0.1_ep3_{options}_s123"
     )

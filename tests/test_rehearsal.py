@@ -99,6 +99,10 @@ def gpu():
             (torch.cuda, "Event", mock.Mock()),
             (torch.cuda, "current_stream", mock.Mock()),
             (torch.cuda, "is_bf16_supported", lambda: True),
+            (torch.cuda, "memory_allocated", lambda device: 0),
+            (torch.cuda, "max_memory_allocated", lambda device: 7),
+            (torch.cuda, "reset_peak_memory_stats", lambda device: None),
+            (common, "has_triton", lambda: False),
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
             (torch, "Generator", lambda device=CPU, real=torch.Generator: real()),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
@@ -200,7 +204,11 @@ FAULTS = [
     ("waits for a value", in_updates(lambda images, labels: bool((labels > 0).all()))),
     ("_to_copy of the host", in_updates(lambda images, labels: labels.to(CPU, non_blocking=True))),
     ("nonzero", in_updates(lambda images, labels: images[labels > 0])),
-    ("lift_fresh of the host", in_updates(lambda images, labels: torch.tensor(1.0, device=GPU))),
+    pytest.param(
+        "lift_fresh of the host",
+        in_updates(lambda images, labels: torch.tensor(1.0, device=GPU)),
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a driver makes this on the GPU"),
+    ),
     ("lift_fresh of the host", in_updates(lambda images, labels: labels * torch.tensor(1))),
     (DEVICES, lambda run: setattr(run.data, "crop", run.data.crop.cpu())),
     (DEVICES, lambda run: setattr(run.data, "scale", run.data.scale.cpu())),
@@ -219,6 +227,18 @@ def flatten(parameter):
 def test_planted_faults_are_found(gpu, said, plant):
     with pytest.raises((Refused, RuntimeError), match=said):
         captured(gpu, plant=plant)
+
+
+def test_too_little_memory_shows_before_the_capture(gpu, monkeypatch):
+    def empty(size, real=torch.empty, **options):
+        if size == 7:
+            raise torch.OutOfMemoryError
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(gpu)
+    assert not gpu.run.graphs and not gpu.run.updates
 
 
 def test_casts_of_weights_that_outlive_an_update_are_found(gpu):

@@ -62,8 +62,8 @@ def test_names_hold_what_decides_the_result():
     base = names("--init bn")
     for flag in ("--micro 256", "--workers 3", "--eval-every 2", "--data-dir elsewhere"):
         assert names(f"--init bn {flag}") == base
-    changes = "--arch v1,--bs 32,--lr 2,--epochs 2,--ghost 8,--wd 0,--momentum 0.5,--dampening 0,--l2-all,--scalar-lr 0.1"
-    changes += ",--base-init he-in,--stride-on 1x1,--image-size 64,--seed 1,--amp bf16"
+    changes = "--arch v1,--bs 32,--lr 2,--epochs 2,--ghost 8,--wd 0,--momentum 0.5,--dampening 0,--l2-all"
+    changes += ",--scalar-lr 0.1,--base-init lecun,--stride-on 1x1,--image-size 64,--seed 1,--amp bf16"
     assert len({*base, *(names(f"--init bn {flag}")[0] for flag in changes.split(","))}) == 16
     assert len({*names("--dropout 0.5"), *names("--alpha 1"), *names("")}) == 3
     assert names("--arch v1 --init zeroinit+bias") == ["resnet50-v1_zeroinit+bias_bs256_lr2^0_ep90_s00"]
@@ -81,8 +81,8 @@ def test_the_configuration_has_everything_resolved(tmp_path):
     assert point.path(key) == Path("somewhere/ilsvrc/resnet50-v1_bn_bs256_lr2^-2_ep90_s02.json")
     assert point.config(key) == {
         "data": "ILSVRC", "model": "resnet50", "version": "v1", "init": "bn", "bs": 256, "epochs": 90,
-        "ghost": 256, "dropout": 0.0, "alpha": None, "wd": 1e-4, "momentum": 0.9, "dampening": 0.9, "l2_all": False,
-        "scalar_lr": 1.0, "base_init": "lecun", "stride_on": "1x1", "image_size": 224,
+        "ghost": 256, "dropout": 0.0, "alpha": None, "wd": 1e-4, "momentum": 0.9, "dampening": 0.9,
+        "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in", "stride_on": "1x1", "image_size": 224,
         "precision": "float32", "lr": 0.25, "seed": 2,
     }  # fmt: skip
     shared = resnet_imagenet.make_point(parse_args(["--data", "shapes", "--image-size", "64"])).shared

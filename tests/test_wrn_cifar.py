@@ -55,8 +55,8 @@ def test_a_record_says_what_was_run_and_what_came_out(tmp_path):
     assert found == "wrn10-1_zeroinit_bs32_lr2^-3_ep2_trainsize96_s04"
     assert record["config"] == {
         "data": "shapes", "model": "wrn", "depth": 10, "width": 1, "init": "zeroinit", "bs": 32, "epochs": 2,
-        "ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "momentum": 0.9, "dampening": 0.9, "l2_all": False,
-        "scalar_lr": 1.0, "base_init": "lecun", "pad_mode": "zeros", "train_size": 96,
+        "ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "momentum": 0.9, "dampening": 0.9,
+        "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in", "pad_mode": "zeros", "train_size": 96,
         "precision": "float32", "lr": 0.125, "seed": 4,
     }  # fmt: skip
     assert record["status"] == "done"
@@ -153,10 +153,10 @@ def test_what_decides_the_result_is_in_the_name():
     for flags in ("--amp off", "--micro 16 --amp off", "--eval-every 3 --amp off", "--ghost 8 --amp off"):
         assert name(f"{flags} --device cpu") == base
     changes = "--depth 22,--width 2,--init bn,--bs 32,--lr 1,--epochs 2,--dropout 0.1,--wd 0,--l2-all,"
-    changes += "--scalar-lr 0.1,--pad-mode reflect,--train-size 50,--base-init he-in,--momentum 0.5,"
-    changes += "--seed 1,--alpha 0.1,--amp bf16"
+    changes += "--scalar-lr 0.1,--pad-mode reflect,--train-size 50,--base-init lecun,--momentum 0.5,"
+    changes += "--dampening 0,--seed 1,--alpha 0.1,--amp bf16"
     changed = [name(f"--amp off --device cpu {flags}") for flags in changes.split(",")]
-    assert len({*base, *changed}) == len(set(base)) + 17
+    assert len({*base, *changed}) == len(set(base)) + 18
     assert changed[-1] == "wrn16-4_zeroinit_bs64_lr2^-2_ep200_bf16_s00"
     # One ghost batch that holds the whole batch is full-batch statistics, whichever flag asked for it.
     full = "wrn16-4_bn_bs16_lr2^-3_ep200_s00"
