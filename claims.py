@@ -48,8 +48,9 @@ def every(verdicts):
 
 def compare(first, second, by=0.0):
     """Whether the first result is better than the second by more than `by`; divergence is the worst score."""
-    lead = 0.0 if first.score == second.score else first.score - second.score
-    return decide(lead - by, max(first.error, second.error), first.open, second.open)
+    if first.score == second.score == -math.inf:
+        return UNDECIDED  # neither trains at a rate that was tried
+    return decide(first.score - second.score - by, max(first.error, second.error), first.open, second.open)
 
 
 def not_behind(first, second, by):

@@ -320,7 +320,7 @@ def draw(record: dict, path: Path):
     import matplotlib.pyplot as plt
 
     methods, ways = list(dict.fromkeys(row.method for row in record["rows"])), {}
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: row.bs):
         ways.setdefault((row.engine, row.precision), []).append(row)
     size = {"figsize": (max(6, 2.5 * len(methods) + 1), 4), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(1, len(methods), sharex=True, sharey=True, **size)

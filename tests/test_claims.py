@@ -219,6 +219,7 @@ def test_a_point_that_diverged_at_every_rate():
     claim = find("leads", "bn", "none")
     assert verdict(claim, with_changes(claim, none_8192=gone)).verdict is HOLDS
     assert verdict(claim, with_changes(claim, bn_8192=gone)).verdict is FAILS
+    assert verdict(claim, with_changes(claim, bn_8192=gone, none_8192=gone)).verdict is UNDECIDED
     claim = find("saturates")
     answer = verdict(claim, with_changes(claim, none_8192=gone))
     assert answer.verdict is HOLDS
