@@ -517,6 +517,20 @@ def cuda_graph(work, generator, pool=None):
     return graph.replay, graph.pool()
 
 
+@contextlib.contextmanager
+def room_for_a_graph(device):
+    """Raise torch.OutOfMemoryError unless there is as much memory left as what is done within has taken.
+
+    Within a capture, too little memory leaves the stream capturing, and runs beside this one fail as well.
+    """
+    if device.type == "cuda":
+        used = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        torch.empty(torch.cuda.max_memory_allocated(device) - used, dtype=torch.uint8, device=device)
+
+
 def share_ghost_batches(norms: list[GhostBatchNorm2d], division: Division, world: int):
     """Let batch norm take statistics over the ranks of a ghost batch, and forget as fast as on one rank.
 
@@ -679,15 +693,11 @@ class Run:
         """Make a burst and a single update CUDA graphs in one memory pool; the run stays where it is."""
         self.begin_epoch()
         self.burst = min(self.burst, len(self.rows))
-        state, pool, used = self.state(), None, torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        for _ in range(3):  # cuDNN chooses its algorithms
-            self.update_on(self.rows[:1])
+        state, pool = self.state(), None
+        with room_for_a_graph(self.device):
+            for _ in range(3):  # cuDNN chooses its algorithms
+                self.update_on(self.rows[:1])
         self.load(state)
-        # A graph needs as much again. Where there is too little, this fails; within a capture that would
-        # leave the stream capturing, and what is trained beside this run would fail as well.
-        needed = torch.cuda.max_memory_allocated(self.device) - used
-        torch.empty(needed, dtype=torch.uint8, device=self.device)
         for count in dict.fromkeys((self.burst, 1)):
             static = self.rows[:count].clone()
             replay, pool = record(functools.partial(self.update_on, static), self.generator, pool)
