@@ -273,7 +273,7 @@ def title_of(config):
     network = f"width {config['width']}" if "width" in config else f"ResNet-50-{config['version'].upper()}"
     told = {"model", "version", "data", "width", "epochs", "precision", *OF_POINT}
     extra = [key for key in sorted(config.keys() - told) if config[key] != setup.protocol.get(key)]
-    options = [f"{key.replace('_', ' ')} {config[key]}" for key in extra]
+    options = [f"{key.replace('_', ' ')} {str(config[key]).removesuffix('.0')}" for key in extra]
     options += [precision] if precision != "float32" else []
     epochs = f"{config['epochs']} epoch{'s' if config['epochs'] > 1 else ''}"
     return ", ".join([config["data"], network, epochs, *options])
