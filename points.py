@@ -96,8 +96,8 @@ def add_shared_flags(parser: Parser, **defaults):
     add(
         "--dampening",
         type=fraction,
-        help="of the gradient in the heavy ball; PyTorch's default is 0, and needs a tenth of the rates here "
-        "[as --momentum, which is how the paper's rates are read]",
+        help="of the gradient in the heavy ball [as --momentum: so the paper's rates are read; with 0, "
+        "PyTorch's default, the rates that do the same are a tenth, also of those expected here]",
     )
     add("--wd", type=coefficient, help="L2 coefficient")
     add("--l2-all", action="store_true", help="L2 also on biases, batch norm and scalars")

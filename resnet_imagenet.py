@@ -75,7 +75,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def make_point(args: argparse.Namespace) -> points.Point:
-    """All runs that the flags may ask for; the expected rate is B / 256 (with --dampening 0 a tenth)."""
+    """All runs that the flags may ask for; the expected rate is B / 256, undamped 0.1 * B / 256."""
     net = {"model": "resnet50", "version": args.arch}
     defaults = {"ghost": 256, "dropout": 0.2, "wd": 1e-4}
     defaults |= {"stride_on": STRIDE_ON[args.arch], "image_size": 224}

@@ -64,13 +64,14 @@ def train_some(case):
 
 def train_low(precision):
     """An update in low precision, in passes of two images; the parameters."""
-    run = make_run("--depth 10 --width 1 --init zeroinit --bs 8 --lr 2^-4", precision, micro=2)
+    flags = "--depth 10 --width 1 --init zeroinit --bs 8 --lr 2^-4 --dampening 0"
+    run = make_run(flags, precision, micro=2)
     for parameter in run.net.parameters():
         parameter.data += 0.5 * (parameter.ndim == 0)
     before = [p.detach().clone() for p in run.net.parameters()]
+    # At the usual scale gradients can overflow on some ranks' passes, and then the update is left out.
     run.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "fp16")
     next(common.train(run, 1))
-    # At a larger scale gradients can overflow, and then an update is left out.
     assert not any(map(torch.equal, before, run.net.parameters()))
     return [p.detach() for p in run.net.parameters()]
 
@@ -104,7 +105,7 @@ def statistics_of_updates(case):
     The latter, (15, ghost batches, values), are found where this is the only rank.
     """
     run = tiny_run(
-        f"--init bn --bs 16 --ghost {STATISTICS[case]}",
+        f"--init bn --bs 16 --base-init lecun --ghost {STATISTICS[case]}",
         tiny_data(96),
         micro=16 if common.ranks()[1] == 1 else 0,
     )
@@ -376,7 +377,7 @@ def test_running_statistics_do_not_depend_on_the_number_of_ranks(case, world, fo
         assert ((ours - one).abs() <= bound + 1e-9).all()
     if groups > 1:  # the bound is not met if each rank keeps the momentum of one process
         unchanged = averages(batches, start, groups, momentum)
-        assert ((unchanged - one).abs() > 2 * bound).any()
+        assert ((unchanged - one).abs() > 2 * bound).double().mean() > 0.1
 
 
 @pytest.mark.parametrize("world, size", [(2, 2), (4, 2), (4, 4)])

@@ -207,7 +207,7 @@ FAULTS = [
     pytest.param(
         "lift_fresh of the host",
         in_updates(lambda images, labels: torch.tensor(1.0, device=GPU)),
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a driver makes this on the GPU"),
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a driver it is made on the GPU"),
     ),
     ("lift_fresh of the host", in_updates(lambda images, labels: labels * torch.tensor(1))),
     (DEVICES, lambda run: setattr(run.data, "crop", run.data.crop.cpu())),
