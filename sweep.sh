@@ -86,9 +86,9 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     trap 'stop TERM' TERM INT HUP USR1
     for ((n = 0; n < jobs; n++)); do
         if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[n % ${#gpus[@]}]}; fi
-        worker $n $$.$n &
-        children+=" $!"
+        worker $n $$.$n & children+=" $!"
     done
+    if [ -n "$stopped" ]; then stop $stopped; fi # the signal came before a worker's number was known
     lines $target | python "$here/wrn_cifar.py" --watch $children &
     await $!
     end=$code
