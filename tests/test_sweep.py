@@ -508,7 +508,7 @@ def outcomes(out):
 
 def test_two_workers_make_one_point_together(tmp_path):
     out = tmp_path / "the results"
-    flags = [*TINY, "--train-size", 256, "--seeds", 3, "--out", out, "--jobs", 2]
+    flags = [*TINY, "--train-size", 1024, "--seeds", 3, "--out", out, "--jobs", 2]
     done = sweep("table1", *flags, INITS="biases+dropout", LRS="2^-5 2^-4 2^-3")
     assert done.returncode == 0, done
     (point,) = points("table1", *flags[:-2], INITS="biases+dropout", LRS="2^-5 2^-4 2^-3")

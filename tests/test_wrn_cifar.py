@@ -300,7 +300,7 @@ def test_paths_that_cannot_be_are_one_line(tmp_path, capsys):
 
 
 def test_a_net_that_no_memory_holds_is_one_line(tmp_path, capsys):
-    assert script("--width", 100_000, "--out", tmp_path / "out") == 2
+    assert script("--width", 130_000, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err == "error: one run does not fit into the device's memory: try --micro\n"
     assert not (tmp_path / "out").exists()
 
