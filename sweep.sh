@@ -14,15 +14,15 @@
 # NPROC=N             GPUs of a run on ImageNet [8; 1: without torchrun]
 # Exit codes: 0 done, 1 a line failed, 2 bad usage or data, 75 interrupted. The same sweep goes on.
 # shellcheck disable=SC2086,SC2206,SC2329  # lists are split into words on purpose; targets are called by name
+if [ -z "${BASH:-}" ]; then exec bash "$0" "$@"; fi # `sh sweep.sh`
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 demo"
 fig1() { # 16-4, ghost batches of 64, large batches (section 3)
     for B in ${BATCHES:-16 32 64 128 256 512 1024 2048 4096 8192}; do wrn "bn none zeroinit" --bs $B; done
 }
-fig2() { fig1; } # the optimal learning rates of Figure 1
 fig3() { # 16-4, statistics over the whole batch, small batches (section 4)
     for B in ${BATCHES:-1 2 4 8 16 32 64 128 256 512 1024}; do wrn "bn none zeroinit" --bs $B --ghost 0; done
 }
-fig4() { fig3; } # the optimal learning rates of Figure 3
+fig2() { fig1; }; fig4() { fig3; } # the optimal learning rates of Figures 1 and 3
 table1() { wrn "none biases dropout scalar biases+dropout zeroinit" --bs 64; } # 16-4, ZeroInit piece by piece
 table2() { # d-2, batch norm against ZeroInit by depth
     for depth in ${DEPTHS:-16 100 1000}; do wrn "bn zeroinit" --bs 64 --depth $depth --width 2; done

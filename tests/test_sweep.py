@@ -293,11 +293,14 @@ def test_a_sweep_may_be_called_through_a_link_from_any_shell(sandbox):
     link = sandbox / "elsewhere" / "link.sh"
     link.symlink_to("../sweep.sh")
     words = ["demo", "--seeds", "1", "--jobs", "1"]
-    for way, folder in ((link.name, link.parent), (f"{sandbox.name}/sweep.sh", sandbox.parent)):
+    way = f"{sandbox.name}/sweep.sh"
+    for *call, folder in (
+        ("bash", "-eu", link.name, link.parent),
+        ("bash", "-eu", way, sandbox.parent),
+        ("sh", way, sandbox.parent),  # dash, on Debian
+    ):
         surroundings = environment(CDPATH=f"{folder}:.", INITS="bn", DEPTHS="16")
-        done = subprocess.run(
-            ["bash", "-eu", way, *words], cwd=folder, env=surroundings, capture_output=True, text=True
-        )
+        done = subprocess.run([*call, *words], cwd=folder, env=surroundings, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), done
         shutil.rmtree(folder / "demo")
 
