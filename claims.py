@@ -115,7 +115,7 @@ class Claim:
     both: bool = False  # both are told
     worst: bool = False  # a result that diverged at every rate is the worst; in other claims it drops out
     paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
-    leads: bool = False  # the smallest lead is told in place of all numbers
+    leads: tuple = ()  # (by over, and up to): the lead nearest to failing is told in place of all numbers
 
     @property
     def target(self):
@@ -163,7 +163,7 @@ def better(place, first, second, words="better than", least=0.0, most=math.inf, 
             found += [not_behind(two, one, most)] if most < math.inf else []
         return every(found)
 
-    claim = Claim(place, "", (first, second), leads, worst=True, leads=True, **options)
+    claim = Claim(place, "", (first, second), leads, worst=True, leads=(least, most), **options)
     accuracy = SETUPS[TARGETS[claim.target].version].accuracy
     low, high = claim.low, claim.high
     where = f" for B ≥ {low}" if low > 1 else f" for B ≤ {high}" if high < math.inf else ""
@@ -435,12 +435,19 @@ def places(claim, results):
     return f"{xs} layers" if TARGETS[claim.target].deep else f"B {xs}"
 
 
+def margin(first, second, least, most):
+    """How far the lead of a result is from failing to be over `least` and up to `most`."""
+    lead = first.score - second.score if first.best else -math.inf
+    return lead - least if most == math.inf else min(lead - least, most - lead)
+
+
 def numbers(claim, lines):
-    """The numbers behind a verdict: those of each line, or of the smallest lead."""
+    """The numbers behind a verdict: those of each line, or of the lead that is nearest to failing."""
     table = rows(*lines.values())
     if claim.leads and table:
-        one, two = min(table, key=lambda row: row[0].score - row[1].score if row[0].best else -math.inf)
-        among = f" (the smallest lead of {len(table)})" if len(table) > 1 else ""
+        one, two = min(table, key=lambda row: margin(*row, *claim.leads))
+        which = "the smallest lead" if claim.leads[1] == math.inf else "the nearest to a limit"
+        among = f" ({which} of {len(table)})" if len(table) > 1 else ""
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
     for method, line in lines.items():
@@ -532,7 +539,7 @@ def judge_all(sections):
 
 
 def judge_speed(folder):
-    """The wall-clock claim, from the records of speed.py in RESULTS/speed; the fastest engine decides."""
+    """The wall-clock claim, from the records of speed.py in RESULTS/speed; the fastest engine for one run."""
     words = "WRN-16-4 trains roughly 40% faster at B 64 without Batch Normalization (1.3 to 1.7 times)"
     claim, speeds = Claim("Section 3", words, ("none", "bn"), None), {}
     for path in sorted(folder.glob("speed/*.json")):
@@ -540,7 +547,7 @@ def judge_speed(folder):
             record = json.loads(path.read_text(encoding="utf-8"))
             for row in record["rows"] if record["model"] == "wrn16-4" else ():
                 how = f"{row['engine']}, {row['precision']}, speed/{path.name}"
-                if row["bs"] == 64:
+                if row["bs"] == 64 and row["runs"] == 1:
                     fastest = speeds.setdefault(how, {"none": 0.0, "bn": 0.0})
                     fastest[row["method"]] = max(fastest.get(row["method"], 0.0), row["images_per_second"])
     found = [(fast["none"], fast["bn"], how) for how, fast in speeds.items() if fast["none"] and fast["bn"]]

@@ -112,13 +112,13 @@ def hours_of_a_run(script, flags, config: dict, record: dict, speed: float, know
     size = getattr(flags, "image_size", 16 if flags.data == "shapes" else 32)
     key = size, *map(config.get, ("model", "depth", "width", "version", "stride_on"))
     known[key] = known.get(key) or multiplications(script, config, size)
-    images = IMAGENET if flags.data_name == "imagenet" else script.count_images(flags)[0]
+    images = IMAGENET if flags.data_name.lower() == "imagenet" else script.count_images(flags)[0]
     trained = epoch_end(config["epochs"] - 1, images, config["bs"]) * config["bs"]
     return trained / speed * known[key] / record["multiplications"] / 3600
 
 
 def cost(folder: Path):
-    """Print points, runs at most and hours of the command lines on stdin, by their targets.
+    """Print points, planned runs and hours of the command lines on stdin, by their targets.
 
     Raises UserError if no record tells the hours of any.
     """
@@ -135,7 +135,7 @@ def cost(folder: Path):
         except UserError as error:
             notes[f"?: {error}"] = False
         searches = [flags.search and search for search in ("best", "all")]
-        runs = [plan({}, point.rates, point.seeds, point.metrics, search).at_most for search in searches]
+        runs = [plan({}, point.rates, point.seeds, point.metrics, search).planned for search in searches]
         targets.setdefault(target or "these", {})[point.path((1.0, 0))] = *runs, hours
     if not any(notes.values()):
         raise UserError("; ".join(notes).replace("?: ", "") or "no command lines on stdin")
@@ -147,7 +147,7 @@ def cost(folder: Path):
 
 def print_costs(targets: dict):
     """Print {target: {point: (runs of --search best, of --search all, hours of a run)}}."""
-    print("at most         --search best:          --search all:             (hours of one device)")
+    print("runs planned    --search best:          --search all:             (hours of one device)")
     print("target  points      runs        hours       runs        hours")
     for target, its in targets.items():
         text = f"{target:8}{len(its):6}"

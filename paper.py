@@ -215,7 +215,10 @@ class Section:
         self.bs = max(sorted(sizes), key=lambda bs: (bs == 64, sizes[bs]))  # of Tables 1 to 3
         paper = self.setup.protocol
         ours = {key: self.config.get(key, value) for key, value in paper.items()}
+        if ours["dampening"] == ours["momentum"]:  # as by default: rates are effective ones
+            ours["dampening"] = paper["dampening"]
         self.differences = {key: it for key, it in ours.items() if str(it).lower() != str(paper[key]).lower()}
+        self.same_rates = "dampening" not in self.differences  # effective ones, as the paper's
         self.budget = not self.differences.keys() & {"epochs", "train_size", "image_size"}  # the paper's
 
     def network(self, target):
@@ -272,6 +275,7 @@ def title_of(config):
     setup, precision = SETUPS[config.get("version")], config.get("precision", "float32")
     network = f"width {config['width']}" if "width" in config else f"ResNet-50-{config['version'].upper()}"
     told = {"model", "version", "data", "width", "epochs", "precision", *OF_POINT}
+    told |= {"dampening"} if config.get("dampening") == config.get("momentum") else set()
     extra = [key for key in sorted(config.keys() - told) if config[key] != setup.protocol.get(key)]
     options = [f"{key.replace('_', ' ')} {str(config[key]).removesuffix('.0')}" for key in extra]
     options += [precision] if precision != "float32" else []

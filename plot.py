@@ -123,10 +123,11 @@ def paper_lines(section, target, metric, rates, methods):
     for (_, method, depth, bs), cell in PAPER.items() if section.beside(target) else ():
         here = bs == section.bs if target.deep else depth == section.depth
         value = cell.accuracy if metric is ACCURACY else cell.loss
-        value = 2.0 ** cell.rates[0] if rates and cell.rates else None if rates else value
+        if rates:
+            value = 2.0 ** cell.rates[0] if cell.rates and section.same_rates else None
         if method in light and here and target.deep == bool(cell.rates) and value is not None:
             light[method].append(Mark(depth if target.deep else bs, value))
-    if target is TARGETS["fig2"] and metric is ACCURACY and section.beside(target):
+    if target is TARGETS["fig2"] and metric is ACCURACY and section.beside(target) and section.same_rates:
         last = max(result.x for line in section.shown(target).values() for result in line)
         light |= {method: [Mark(last, 2.0 ** SATURATION[method])] for method in SATURATION if method in light}
     return [Line(method, marks, paper=True) for method, marks in light.items() if marks]
@@ -152,7 +153,8 @@ def rates_panel(section, depth, bs, metric, title):
         lines.append(Line(grid.method, marks))
         for target in TARGETS.values():
             cell = PAPER.get((target.table, grid.method, depth, bs))
-            if cell and cell.rates and metric is ACCURACY and section.beside(target):
+            told = cell and cell.rates and metric is ACCURACY and section.same_rates
+            if told and section.beside(target):
                 lines.append(Line(grid.method, [Mark(2.0 ** cell.rates[0], cell.accuracy)], paper=True))
     return Panel(title, RATE, label_of(section, metric), lines, metric)
 
@@ -226,7 +228,7 @@ class Scale:
         def within(one, other, most):
             low, high = sorted((one, other))
             found = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-            return [round(float(tick), 9) for tick in found if low <= tick <= high]
+            return [round(float(tick), 9) for tick in found if low <= tick <= high] or [one]
 
         rest = within(self.knee, self.worst, 3) if self.zoomed else []
         rest = [tick for tick in rest if abs(self.forward(tick)) > 0.07]
@@ -249,7 +251,8 @@ def set_x(axes, label, xs):
         return axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xscale("log", base=2)
     if label is RATE:
-        axes.set_xticks(powers(xs[0], xs[-1]), map(rate_text, powers(xs[0], xs[-1])))
+        shown = powers(xs[0], xs[-1]) or xs
+        axes.set_xticks(shown, map(rate_text, shown))
     else:
         shown = xs[:: math.ceil(len(xs) / 7)]
         axes.set_xticks(shown, [f"{x:g}" for x in shown])
@@ -419,6 +422,7 @@ def paper_text(cell, digits):
 def row_of(section, depth, bs, method, grid, cell=None):
     """A row of a table: one method at one depth and batch size, ours beside the paper's."""
     accuracy, rate, loss = paper_text(cell, section.setup.digits)
+    rate = rate if section.same_rates else "–"
     if not grid:
         return [depth, bs, name_of(method), "not run", accuracy, "–", rate, "–", loss, "–", "–", "–"]
     metrics, runs = section.setup.metrics, [run for runs in grid.runs.values() for run in runs]

@@ -288,6 +288,7 @@ def make_point(
     shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
     for key in ("dropout", "alpha", "dampening"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
+    shared["dampening"] *= args.momentum > 0  # without momentum PyTorch does not dampen
     steps = range(-around, around + 1) if args.search else [0]
     rates = args.lr or [expected_rate * 2.0**step for step in steps]
     seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
@@ -404,7 +405,7 @@ def print_plan(script, point: Point, args):
     text = f"{world} ranks, each {division.per_rank} images of a batch in passes of {division.micro}"
     text += f", ghost batches of {division.ghost}" if division.ghost else ""
     say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
-    say(f"at most {plural(plan.at_most, 'run')}, {len(point.found)} of them done:")
+    say(f"{plural(plan.planned, 'run')} planned, {len(point.found)} of them done:")
     for key in plan.asked:
         say(f"{'done   ' if key in point.found else 'missing'} {point.path(key)}")
 
@@ -427,7 +428,7 @@ class Display:
         if self.bar.disable or not runs:
             return
         each = epoch_end(runs[0].config["epochs"] - 1, runs[0].data.train_images, runs[0].bs) * runs[0].bs
-        most, done = self.point.plan().at_most, len(self.point.found)
+        most, done = self.point.plan().planned, len(self.point.found)
         self.bar.total = self.bar.n + each * (most - done) - sum(run.updates * run.bs for run in runs)
         self.count = f"[{done}/{most}] " if most > 1 else ""
         self.show(runs[-1])

@@ -137,7 +137,7 @@ def print_status(targets: dict[str, list[str]]) -> int:
     Each run counts once for a target, even if several of its lines ask for it. Returns an exit code: 2 if no
     target takes these flags.
     """
-    say("target     points  failed  runs done  diverged  running  at most")
+    say("target     points  failed  runs done  diverged  running  planned")
     known, failed, shown = {}, {}, {}
     for target, lines in targets.items():
         try:
@@ -152,7 +152,7 @@ def print_status(targets: dict[str, list[str]]) -> int:
         diverged = sum(record["status"] == "diverged" for record in records)
         running = sum(is_running(task.point.path(key)) for task in tasks for key in task.plan.missing)
         finished = f"{sum(not task.plan.missing for task in tasks)}/{len(tasks)}"
-        most = sum(task.plan.at_most for task in tasks)
+        most = sum(task.plan.planned for task in tasks)
         say(f"{target:8}{finished:>9}{len(its):8} {len(records):10}{diverged:10}{running:9}{most:9}")
         shown |= {end.line: end for end in its}
     say_failures(shown.values())
@@ -171,9 +171,9 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     tasks = read_tasks([line for lines in targets.values() for line in lines], {})
     folder = tasks[0].point.folder
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
-    most, began, since = sum(task.plan.at_most for task in tasks), time.monotonic(), time.time()
+    most, began, since = sum(task.plan.planned for task in tasks), time.monotonic(), time.time()
     say(
-        f"{', '.join(targets)}: {plural(len(tasks), 'point')}, at most {plural(most, 'run')}, "
+        f"{', '.join(targets)}: {plural(len(tasks), 'point')}, {plural(most, 'run')} planned, "
         f"{done} of them done; {plural(len(workers), 'worker')}"
     )
     alive = True
@@ -182,7 +182,7 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
         alive = not workers or any(map(is_alive, workers))  # before a last look
         for task, key in new_runs(tasks, folder):
             done, counted = done + 1, counted + seconds(task.point.found[key])
-            most = sum(task.plan.at_most for task in tasks)
+            most = sum(task.plan.planned for task in tasks)
             left = time_left(tasks, counted / (time.monotonic() - began))
             say(f"[{done}/{most} runs{left}] {task.point.title(key)}: {result(task.point.found[key])}")
         for end in failures(folder.parent, since).values():
@@ -230,7 +230,7 @@ def time_left(tasks: list[Task], speed: float) -> str:
     known = [mean for mean in means.values() if mean is not None]
     usual = sum(known) / len(known)
     rest = sum(
-        (task.plan.at_most - len(task.point.found)) * (usual if mean is None else mean)
+        (task.plan.planned - len(task.point.found)) * (usual if mean is None else mean)
         for task, mean in means.items()
     )
     if not rest or not speed:

@@ -124,6 +124,7 @@ def check_config(config: dict, name: str):
     right |= {"seed": is_number(config["seed"], 0, kind=int)}
     right |= {key: isinstance(config[key], str) and config[key].isprintable() for key in ("data", "init")}
     right |= {key: config.get(key) is None or is_number(config[key], 0) for key in OPTIONS}
+    right |= {"dampening": is_number(config.get("dampening"), 0)}  # without it rates could mean either
     right |= {"precision": isinstance(config.get("precision", ""), str)}
     sizes = ["bs", "epochs"]
     if config["model"] == "wrn":
@@ -259,7 +260,7 @@ def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
 class Plan:
     asked: list[tuple[float, int]]  # all (rate, seed) that the search has asked for so far
     missing: list[tuple[float, int]]  # those without an outcome, in the order to run
-    at_most: int  # an estimate of how many there will be in the end, not too low
+    planned: int  # how many there will be in the end; a search with edges or many ties makes more
     notes: list[str]
 
 
@@ -279,10 +280,10 @@ def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int 
             found = {rate: [outcomes[rate, seed] for seed in seeds[:n]] for rate, n in counts.items()}
             more, notes = next_stage(found, metrics, search, full, limits)
     waiting = {rate for rate, _ in missing}
-    at_most = sum(full if rate in waiting else n for rate, n in counts.items())
+    planned = sum(full if rate in waiting else n for rate, n in counts.items())
     if missing and max(counts.values()) == 1:  # the optima are not known yet
-        at_most = len(counts) + 3 * len(metrics) * (full - 1)
-    return Plan(asked, missing, at_most, notes)
+        planned = len(counts) + 3 * len(metrics) * (full - 1)
+    return Plan(asked, missing, planned, notes)
 
 
 def next_stage(found: dict, metrics, search: str, full: int, limits) -> tuple[dict[float, int], list[str]]:

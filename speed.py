@@ -288,7 +288,7 @@ def make_record(args, device):
         record["rows"] += measure(args, images, pictures, bs)
         record["checks"] = [*judge(record["rows"], device.type)] if args.model == "wrn16-4" else []
         yield record
-    if args.wrn:
+    if args.wrn and device.type == "cpu":
         mine = (len(images.train_batch(rows)[1]) for rows in itertools.cycle(images.draw(0, 0).split(64)))
         loader = DataLoader(pictures, 64, shuffle=True)
         record["checks"].append(against_pil("crop and flip, one core", 8, args, device, mine, loader))

@@ -49,9 +49,8 @@ resnet50() { # resnet50 VERSION METHODS
     case ${NPROC:-8} in 1) run=python ;; *) run="torchrun --standalone --nproc_per_node=${NPROC:-8}" ;; esac
     for B in ${BATCHES:-256 1024 4096}; do points "$run resnet_imagenet.py --arch $1" "$2" --bs $B; done
 }
-lines() { # lines TARGET...: with what the user appended, and the target as a comment
-    for name; do $name | while IFS= read -r line; do printf '%s\n' "$line$appended # $name"; done; done
-}
+# lines TARGET...: with what the user appended, and the target as a comment
+lines() { for name; do $name | while read -r line; do printf '%s\n' "$line$appended # $name"; done; done; }
 # ---------------------------------------------------------------------------------------------------- workers
 stop() { stopped=$1 && kill -TERM $children 2>/dev/null; } # what is running saves a checkpoint, ends with 75
 await() { while wait $1 2>/dev/null; code=$?; kill -0 $1 2>/dev/null; do :; done; } # signals end `wait` early
@@ -59,8 +58,7 @@ worker() { # worker N ID: go through all lines, from a place of its own, until e
     local seconds=1 all=${#todo[@]} left again i
     trap '' INT && trap 'stop TERM' TERM HUP && trap 'stop USR1' USR1 # Ctrl-C is the sweep's to pass on
     left=$(for ((i = 0; i < all; i++)); do echo $((($1 * all / jobs + i) % all)); done)
-    while [ -n "$left" ]; do
-        again=""
+    while again="" && [ -n "$left" ]; do
         for i in $left; do
             run "${todo[i]}" "$out/logs/$target-$((i + 1))-$2.log"
             case $code in 75) return ;; 76) again+=" $i" ;; *) seconds=1 ;; esac
@@ -90,8 +88,7 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     done
     if [ -n "$stopped" ]; then stop $stopped; fi # the signal came before a worker's number was known
     lines $target | python "$here/wrn_cifar.py" --watch $children &
-    await $!
-    end=$code
+    await $!; end=$code
     kill -TERM $children 2>/dev/null
     for pid in $children; do await $pid; done
     if [[ $stopped$end != [012] ]]; then echo "interrupted: the same sweep goes on from here" && return 75; fi
@@ -111,9 +108,8 @@ task() { # one of them; it comes back after Slurm's signal before the time limit
 }
 # ------------------------------------------------------------------------------------------------------ flags
 fail() { echo "error: $1" >&2 && exit 2; }
-quote() { # a word as both bash and Python's shlex read it
-    if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi
-}
+# quote WORD: as both bash and Python's shlex read it
+quote() { if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi; }
 here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0" 2>/dev/null || echo "$0")")" && pwd) # also through a link
 target="" act=sweep show=() jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
 set +e +u && mark="'" escaped="'\\''" odd='[^a-zA-Z0-9_.^+[:space:]-]' # -e, -u: as a user's shell may export
@@ -122,6 +118,10 @@ if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else t
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
 [[ $* == *$'\n'* || $LRS$INITS$BATCHES$DEPTHS$NPROC =~ $odd ]] &&
     fail "a line break in a flag, or LRS, INITS, BATCHES, DEPTHS, NPROC with more than letters, digits, _.^+-"
+for var in ${target:+INITS BATCHES DEPTHS}; do
+    [[ -z ${!var} || $(declare $var=1 && lines $target) != "$(declare $var=2 && lines $target)" ]] ||
+        fail "$var changes nothing in $target"
+done
 command -v python >/dev/null || fail "there is no command 'python': activate its environment"
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do

@@ -215,6 +215,13 @@ def test_panels_with_the_same_labels_can_be_compared(drawn):
     assert [text.get_text() for text in high.get_xticklabels()] == ["0.125", "1", "2"]
 
 
+def test_a_single_value_and_rates_between_powers_of_two_have_a_tick(drawn):
+    marks = [plot.Mark(rate, 50.0) for rate in (0.3, 0.4)]
+    (axes,) = drawn([[plot.Panel("", plot.RATE, "", [plot.Line("none", marks)], ACCURACY)]]).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.3", "0.4"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["50"]
+
+
 def test_marks_at_edges_are_hollow_and_the_optimum_has_a_ring(drawn):
     marks = [plot.Mark(1, 0.5, edge=True), plot.Mark(2, 0.6, best=True), plot.Mark(4, 0.7)]
     (axes,) = drawn([[plot.Panel("", plot.SIZE, "loss", [plot.Line("none", marks)], LOSS)]]).axes
@@ -245,6 +252,15 @@ def test_the_papers_numbers_are_light_marks_beside_its_data_and_network_only():
         NO_L2: [(0.125, 92.2)],
         "scalar": [(0.25, 94.1)],
     }
+    (section,) = sections(truth, momentum=0.5, dampening=0.5)  # rates are effective ones, too
+    assert (
+        "dampening" not in section.title and plot.table_of(section, TARGETS["table2"])[0].count("Paper") == 2
+    )
+    (section,) = sections(truth, dampening=0.0)  # its rates mean something else
+    (accuracy, rate), panels = plot.depth_panels(section)
+    assert any(line.paper for line in accuracy.lines) and "dampening 0" in section.title
+    assert not any(line.paper for panel in (rate, *panels) for line in panel.lines)
+    assert plot.table_of(section, TARGETS["table2"])[0].count("Paper") == 1
     for changes in ({"data": "shapes"}, {"width": 1}):
         (section,) = sections(truth, **changes)
         assert not any(

@@ -68,7 +68,7 @@ def test_status_counts_points_and_runs(tmp_path, capsys):
         assert progress.print_status({"table1": lines, "fig1": lines[:1]}) == 0
     head, table1, fig1, *failed = capsys.readouterr().out.splitlines()
     assert re.split(" {2,}", head) == [
-        *("target", "points", "failed", "runs done", "diverged", "running", "at most")
+        *("target", "points", "failed", "runs done", "diverged", "running", "planned")
     ]
     assert table1.split() == ["table1", "1/3", "1", "6", "1", "1", "12"]
     assert fig1.split() == ["fig1", "1/1", "0", "4", "0", "0", "4"]
@@ -185,7 +185,7 @@ def test_watch_prints_a_line_per_run_and_ends_when_all_are_done(tmp_path, worker
 
     assert watch(lines, worker, [lambda: None, two, lambda: write(second, (2**-2, 0), 0.1)], monkeypatch) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "table1: 2 points, at most 4 runs, 1 of them done; 1 worker"
+    assert said[0] == "table1: 2 points, 4 runs planned, 1 of them done; 1 worker"
     assert said[1].startswith("[2/4 runs") and said[1].endswith("] wrn16-4 bn B 64 2^-2 seed 0: diverged")
     assert said[2].startswith("[3/4 runs, about ")
     assert said[2].endswith("] wrn16-4 biases+dropout B 64 2^-3 seed 0: 94.1%")
@@ -241,7 +241,7 @@ def test_nothing_to_do_is_said_at_once(tmp_path, worker, monkeypatch, capsys):
     lines = [line(tmp_path, "--lr", "2^-3")]
     write(progress.point_of(lines[0]), (2**-3, 0), 0.5)
     assert watch(lines, worker, [], monkeypatch) == 0
-    assert capsys.readouterr().out == "table1: 1 point, at most 1 run, 1 of them done; 1 worker\n"
+    assert capsys.readouterr().out == "table1: 1 point, 1 run planned, 1 of them done; 1 worker\n"
 
 
 def test_the_time_that_is_left(tmp_path):

@@ -29,6 +29,7 @@ CONFIG = {
 }
 CONFIG |= {"ghost": None, "dropout": 0.6, "alpha": 0.0, "wd": 5e-4, "l2_all": False, "base_init": "he-in"}
 CONFIG |= {"pad_mode": "zeros", "train_size": None, "precision": "float32", "lr": 0.25, "seed": 7}
+CONFIG |= {"momentum": 0.9, "dampening": 0.9}
 OPTIONS = ("ghost", "dropout", "alpha", "wd", "l2_all", "base_init", "pad_mode", "train_size", "precision")
 DEFAULTS = {key: CONFIG[key] for key in OPTIONS}
 NAME = "wrn16-4_zeroinit_bs64_lr2^-2_ep3_s07.json"
@@ -166,6 +167,7 @@ FAULTS = [
     (with_value("config", "data", None), "its data cannot be None"),
     (with_value("config", "data", "caf\udce9"), r"its data cannot be 'caf\\udce9'"),
     (with_value("config", "dropout", "0.6"), "its dropout cannot be '0.6'"),
+    (with_value("config", "dampening", None), "its dampening cannot be None"),
     (with_value("config", "ghost", [16]), r"its ghost cannot be \[16\]"),
     (with_value("config", "precision", {}), "its precision cannot be {}"),
     (with_value("config", "lr", 0.5), r"its name does not agree.*_lr2\^-1_"),
@@ -387,10 +389,10 @@ def play(truth, search, rates=RATES, seeds=15, metrics=BOTH, **options) -> Playe
     outcomes, sizes = {}, []
     while (now := plan(outcomes, rates, range(seeds), metrics, search, **options)).missing:
         assert sorted(now.missing) == sorted(set(now.asked) - outcomes.keys())
-        assert len(now.asked) <= now.at_most
+        assert len(now.asked) <= now.planned
         sizes.append(len(now.missing))
         outcomes |= {pair: truth[pair] for pair in now.missing}
-    assert now.asked and set(now.asked) == outcomes.keys() and now.at_most == len(now.asked)
+    assert now.asked and set(now.asked) == outcomes.keys() and now.planned == len(now.asked)
     grid = {}
     for rate, seed in now.asked:
         grid.setdefault(rate, []).append(truth[rate, seed])
@@ -414,9 +416,9 @@ class Exact(dict):
 def test_without_a_search_the_runs_are_rates_times_seeds():
     now = plan({}, [2.0, 0.3, 2.0], [3, 1, 3], BOTH, None)
     assert now.missing == now.asked == [(0.3, 3), (2.0, 3), (0.3, 1), (2.0, 1)]
-    assert (now.at_most, now.notes) == (4, [])
+    assert (now.planned, now.notes) == (4, [])
     done = plan(dict.fromkeys(now.asked, NOTHING), [2.0, 0.3], [3, 1], BOTH, None)
-    assert (done.missing, done.asked, done.at_most) == ([], now.asked, 4)
+    assert (done.missing, done.asked, done.planned) == ([], now.asked, 4)
     assert plan({(0.3, 1): NOTHING, (9.0, 9): NOTHING}, [0.3], [1, 2], BOTH, None).missing == [(0.3, 2)]
 
 
@@ -547,14 +549,14 @@ def test_a_search_goes_six_rates_beyond_the_starting_ones_and_says_so():
 
 
 def test_the_estimate_of_all_runs():
-    assert plan({}, RATES, range(15), BOTH, "best").at_most == 7 + 6 * 14
-    assert plan({}, RATES, range(3), (ACCURACY,), "best").at_most == 7 + 3 * 2
+    assert plan({}, RATES, range(15), BOTH, "best").planned == 7 + 6 * 14
+    assert plan({}, RATES, range(3), (ACCURACY,), "best").planned == 7 + 3 * 2
     truth = Exact(-2, -2, limit=-1)
     outcomes = {pair: truth[pair] for pair in plan({}, RATES, range(15), BOTH, "best").asked}
     now = plan(outcomes, RATES, range(15), BOTH, "best")
-    assert len(now.asked) == 7 + 14 + 14 + 3 and now.at_most == 7 + 3 * 14  # until the fourth seed at 2^-1
+    assert len(now.asked) == 7 + 14 + 14 + 3 and now.planned == 7 + 3 * 14  # until the fourth seed at 2^-1
     now = plan(outcomes | {(0.5, seed): NOTHING for seed in (1, 2, 3)}, RATES, range(15), BOTH, "best")
-    assert now.at_most == 7 + 14 + 14 + 3
+    assert now.planned == 7 + 14 + 14 + 3
 
 
 class Truth(dict):

@@ -158,6 +158,7 @@ def test_what_decides_the_result_is_in_the_name():
     changed = [name(f"--amp off --device cpu {flags}") for flags in changes.split(",")]
     assert len({*base, *changed}) == len(set(base)) + 18
     assert changed[-1] == "wrn16-4_zeroinit_bs64_lr2^-2_ep200_bf16_s00"
+    assert name("--momentum 0 --dampening 0.5 --amp off") == name("--momentum 0 --amp off")  # as in PyTorch
     # One ghost batch that holds the whole batch is full-batch statistics, whichever flag asked for it.
     full = "wrn16-4_bn_bs16_lr2^-3_ep200_s00"
     assert name("--init bn --bs 16 --amp off") == name("--init bn --bs 16 --ghost 0 --amp off") == full
@@ -225,7 +226,7 @@ def test_of_ranks_with_bad_flags_one_per_machine_says_so(capsys, monkeypatch):
             monkeypatch.setenv("RANK", rank)
             assert script("--depth", 17) == 2 and script("--dry-run") == 0
             said = capsys.readouterr()
-            assert said.err.count("error: ") == 1 and "at most 1 run," in said.out
+            assert said.err.count("error: ") == 1 and "1 run planned," in said.out
 
 
 def test_bad_data_ends_in_one_line(tmp_path, capsys):
@@ -481,7 +482,7 @@ def test_status_reads_command_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert script("--status", flags="") == 0
     header, counts = capsys.readouterr().out.splitlines()
-    assert header == "target     points  failed  runs done  diverged  running  at most"
+    assert header == "target     points  failed  runs done  diverged  running  planned"
     assert counts.split() == ["table1", "1/2", "0", "1", "0", "0", "3"]
 
 
