@@ -446,8 +446,8 @@ def numbers(claim, lines):
     table = rows(*lines.values())
     if claim.leads and table:
         one, two = min(table, key=lambda row: margin(*row, *claim.leads))
-        which = "the smallest lead" if claim.leads[1] == math.inf else "the nearest to a limit"
-        among = f" ({which} of {len(table)})" if len(table) > 1 else ""
+        which = "the smallest lead" if claim.leads[1] == math.inf else "the one nearest to a limit"
+        among = f" ({which}, of {len(table)})" if len(table) > 1 else ""
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
     for method, line in lines.items():

@@ -217,12 +217,12 @@ def test_the_number_that_is_told_is_the_one_that_decides():
     """A lead that is too large, where it may only be slight; else the smallest."""
     claim = find("leads", "bn", "zeroinit", place="Table 2")
     answer = verdict(claim, with_changes(claim, zeroinit_100={"accuracy": 80.0}))
-    assert answer.verdict is FAILS and " at 100 layers (the nearest to a limit of 3)" in answer.ours
+    assert answer.verdict is FAILS and " at 100 layers (the one nearest to a limit, of 3)" in answer.ours
     answer = verdict(claim, with_changes(claim, zeroinit_16={"accuracy": 95.0}))
-    assert answer.verdict is FAILS and " at 16 layers (the nearest to a limit of 3)" in answer.ours
+    assert answer.verdict is FAILS and " at 16 layers (the one nearest to a limit, of 3)" in answer.ours
     claim = find("leads", "bn", "none")
     answer = verdict(claim, with_changes(claim, none_64={"accuracy": 80.0}, none_128={"accuracy": 94.7}))
-    assert " at B 128 (the smallest lead of 10)" in answer.ours
+    assert " at B 128 (the smallest lead, of 10)" in answer.ours
 
 
 def test_a_point_that_diverged_at_every_rate():
