@@ -124,7 +124,7 @@ def check_config(config: dict, name: str):
     right |= {"seed": is_number(config["seed"], 0, kind=int)}
     right |= {key: isinstance(config[key], str) and config[key].isprintable() for key in ("data", "init")}
     right |= {key: config.get(key) is None or is_number(config[key], 0) for key in OPTIONS}
-    right |= {"dampening": is_number(config.get("dampening"), 0)}  # without it rates could mean either
+    right |= {"dampening": is_number(config.get("dampening"), 0)}  # else its rates could mean either
     right |= {"precision": isinstance(config.get("precision", ""), str)}
     sizes = ["bs", "epochs"]
     if config["model"] == "wrn":
