@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from records import ACCURACY, EXTEND, LOSS, optimum
+from records import ACCURACY, EXTEND, LOSS, final_of, optimum
 
 # ------------------------------------------------------------------------------------------------- the paper
 
@@ -170,35 +170,45 @@ class Grid:
         self.method, self.depth, self.bs = method_of(config), config.get("depth", 50), config["bs"]
         self.setup = SETUPS[config.get("version")]
 
-    def best(self, metric):
-        """The optimum, None if every rate diverged."""
+    def reached(self, metric):
+        """The optimum, at chance where no rate trains; None if every rate diverged."""
         if metric not in self.optima:
-            finals = {rate: [run["final"] for run in runs] for rate, runs in self.runs.items()}
+            finals = {rate: [final_of(run) for run in runs] for rate, runs in self.runs.items()}
             self.optima[metric] = optimum(finals, metric)
         return self.optima[metric]
+
+    def best(self, metric):
+        """The optimum, None if no rate trains."""
+        reached = self.reached(metric)
+        return reached if reached and reached.trains else None
+
+    @property
+    def failure(self):
+        """What is said where no rate trains."""
+        return "at chance" if self.reached(ACCURACY) else "diverged"
 
 
 class Result:
     """One method at one batch size or depth `x`, at its optimal rate for a metric.
 
-    Its `score` is the metric's mean, negated where less is better; minus infinity if every rate diverged. An
-    optimum on the edge of its grid is `open`: with more rates its score could only rise. `low` and `high` are
-    the exponents of the tied rates; `up` and `down` say that the optimal rate may be higher or lower.
+    Its `score` is the metric's mean, negated where less is better; minus infinity if no rate trains. It is
+    `open` where more rates could raise it: the optimum is on the edge, or none of a few rates trains. `low`,
+    `high` are the exponents of the tied rates; `up` and `down` say that the optimum may be higher or lower.
     """
 
     def __init__(self, x, grid, metric):
         self.x, self.grid, self.metric, self.best = x, grid, metric, grid.best(metric)
         self.score, self.std, self.error, edge, tied = -math.inf, 0.0, 0.0, "", [math.nan]
-        if best := self.best:  # else every rate diverged
+        if best := self.best:
             self.score, self.std, edge, tied = metric.sign * best.mean, best.std or 0.0, best.edge, best.tied
             self.error = self.std / math.sqrt(len(best.kept))  # of the mean
             if best.std is None and metric is ACCURACY:  # one run: as the number of test images allows
                 self.error = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
             elif best.std is None:
                 self.error = 0.01 * best.mean
-        self.open, self.up, self.down = bool(edge), "highest" in edge, "lowest" in edge
+        few = not best and max(grid.runs) < min(grid.runs) * 2**EXTEND
+        self.open, self.up, self.down = few or bool(edge), "highest" in edge, "lowest" in edge
         self.low, self.high = math.log2(tied[0]), math.log2(tied[-1])
-        self.untried = not best and max(grid.runs) < min(grid.runs) * 2**EXTEND  # few rates, all diverged
 
 
 class Section:
@@ -222,8 +232,9 @@ class Section:
         self.budget = not self.differences.keys() & {"epochs", "train_size", "image_size"}  # the paper's
 
     def network(self, target):
-        """True if this is the network of the paper's figure or table."""
-        return self.config.get("version") == target.version and self.config.get("width") == target.width
+        """True if this is the network of the paper's figure or table, and the batch size of Tables 1 to 3."""
+        same = self.config.get("version") == target.version and self.config.get("width") == target.width
+        return same and (self.bs == 64 or not target.table or bool(target.version))
 
     def beside(self, target):
         """True if the paper's numbers can stand beside ours: the data and the network are the paper's."""
@@ -291,7 +302,7 @@ def make_sections(records):
         images = record["data"]["fingerprint"]
         key = str(sorted(config.items())) + images
         if key not in grids:
-            grids[key] = Grid(config, record["data"].get("test_images", 10_000))
+            grids[key] = Grid(config, record["data"]["test_images"])
             shared = sorted((key, config[key]) for key in config.keys() - set(OF_POINT))
             sections.setdefault((str(shared), images), []).append(grids[key])
         grids[key].runs.setdefault(record["config"]["lr"], []).append(record)

@@ -66,7 +66,7 @@ class Mark:
     """A point of a line."""
 
     x: float
-    y: float | None = None  # None: it diverged
+    y: float | None = None  # None: it diverged; of optimal rates, no rate trains
     down: float = 0.0  # the lengths of its bar
     up: float = 0.0
     edge: bool = False  # hollow: the optimum is on the edge of its grid
@@ -102,7 +102,7 @@ def label_of(section, metric):
 
 
 def value_mark(x, metric, stat, **more):
-    """A mark at a mean with its deviation, or of divergence where there is none."""
+    """A mark at a mean with its deviation, or without a value where there is none."""
     if stat is None or stat.mean is None:
         return Mark(x)
     scale = 1 if metric is LOSS else 100
@@ -112,9 +112,10 @@ def value_mark(x, metric, stat, **more):
 def result_mark(result, rates):
     """A mark at what a result reaches, or at its optimal rate with the bracket of the rates tied with it."""
     best = result.best
-    if best and rates:
-        return Mark(result.x, best.rate, best.rate - best.tied[0], best.tied[-1] - best.rate, result.open)
-    return value_mark(result.x, result.metric, best, edge=result.open)
+    if not rates:
+        return value_mark(result.x, result.metric, result.grid.reached(result.metric), edge=result.open)
+    ends = (best.rate - best.tied[0], best.tied[-1] - best.rate, result.open) if best else ()
+    return Mark(result.x, best and best.rate, *ends)
 
 
 def paper_lines(section, target, metric, rates, methods):
@@ -400,7 +401,7 @@ def best_text(grid, metric):
     best = grid.best(metric)
     if not best:
         tried = dict.fromkeys((power(min(grid.runs)), power(max(grid.runs))))
-        return "diverged", f"at {' to '.join(tried)}"
+        return grid.failure, f"at {' to '.join(tried)}"
     text, top5 = number(grid, metric, best.mean, best.std), [final.get("test_top5") for final in best.kept]
     if None not in top5:
         text += f" / {100 * sum(top5) / len(top5):.2f}"
@@ -490,7 +491,7 @@ in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. 
 more rates could overturn is undecided. Tied: the difference is below one standard error (of a
 single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
 deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
-diverged; grey: a part of an axis that is compressed."""
+diverged, and optimal rates where none trains; grey: a part of an axis that is compressed."""
 
 
 def tally(answers):

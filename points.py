@@ -249,7 +249,7 @@ class Point:
     def plan(self) -> records.Plan:
         """What the search asks for, given the records that exist; UserError for a record of another run."""
         while True:
-            finals = {key: record["final"] for key, record in self.found.items()}
+            finals = {key: records.final_of(record) for key, record in self.found.items()}
             plan = records.plan(finals, self.rates, self.seeds, self.metrics, self.search)
             new = {key: find_record(self.path(key)) for key in plan.missing}
             new = {key: record for key, record in new.items() if record}

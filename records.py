@@ -100,6 +100,8 @@ def check_record(record: dict, name: str):
     check_config(config, name)
     kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
     check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
+    for key in ("classes", "test_images"):
+        check(is_number(record["data"][key], 1, kind=int), f"its {key} cannot be {record['data'][key]!r}")
     for epoch, entry in enumerate(history, 1):
         if entry["epoch"] != epoch:
             raise ValueError(f"its history has epoch {entry['epoch']} in place of {epoch}")
@@ -214,12 +216,24 @@ ACCURACY = Metric("test_accuracy", "test accuracy", +1)
 LOSS = Metric("train_objective", "training loss", -1)
 
 
+def final_of(record: dict) -> dict:
+    """The `final` of a record, and the accuracy up to which it is at `chance`: three standard errors."""
+    guess, images = 1 / record["data"]["classes"], record["data"]["test_images"]
+    return record["final"] | {"chance": guess + 3 * math.sqrt(guess * (1 - guess) / images)}
+
+
 @dataclass
 class Stat:
     mean: float | None  # of the runs kept; None where too many diverged
     std: float | None  # sample standard deviation; None also for one run
     runs: int
     kept: list[dict]
+
+    @property
+    def trains(self) -> bool:
+        """False where too many runs diverged, or the runs kept are at chance: the best of such is noise."""
+        accuracies = [final["test_accuracy"] for final in self.kept]
+        return self.mean is not None and fmean(accuracies) > self.kept[0].get("chance", -1)
 
 
 @dataclass
@@ -244,10 +258,14 @@ def statistic(finals: list[dict], metric: Metric) -> Stat:
 
 
 def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
-    """The best of the rates with the most seeds that any has, the lowest of equals; None if they diverged."""
+    """The best of the rates with the most seeds that any has, the lowest of equals; None if all diverged.
+
+    Where none of them trains, it is the best at chance.
+    """
     stats = {rate: statistic(grid[rate], metric) for rate in sorted(grid)}
     most = max((stat.runs for stat in stats.values()), default=0)
     means = {rate: stat.mean for rate, stat in stats.items() if stat.runs == most and stat.mean is not None}
+    means = {rate: mean for rate, mean in means.items() if stats[rate].trains} or means
     if not means:
         return None
     best = max(means, key=lambda rate: metric.sign * means[rate])
@@ -289,16 +307,19 @@ def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int 
 def next_stage(found: dict, metrics, search: str, full: int, limits) -> tuple[dict[float, int], list[str]]:
     """What a search asks for after the outcomes `found`, {rate: so many of its first seeds}; and notes.
 
-    Rates beyond an optimal edge come first, or below the lowest where all diverged. Then, for "best", all
-    seeds at each metric's best rate, its neighbours, and rates that with fewer seeds are better or tied.
+    Rates beyond an optimal edge come first; where no rate trains, those beyond both, but none above one that
+    diverged. Then, for "best", all seeds at each metric's best rate, its neighbours, and rates that with
+    fewer seeds are better or tied.
     """
     order, beyond, around = sorted(found), set(), set()
     for metric in metrics:
-        stats = {rate: stat for rate in order if (stat := statistic(found[rate], metric)).mean is not None}
+        stats = {rate: stat for rate in order if (stat := statistic(found[rate], metric)).trains}
         whole = [rate for rate in stats if len(found[rate]) == full] or stats
-        best = max(whole, key=lambda rate: metric.sign * stats[rate].mean, default=order[0])
-        beyond |= {best / 2} if best == order[0] else set()
-        beyond |= {best * 2} if best == order[-1] and stats else set()
+        best = max(whole, key=lambda rate: metric.sign * stats[rate].mean, default=None)
+        if best in (None, order[0]):
+            beyond.add(order[0] / 2)
+        if best in (None, order[-1]) and statistic(found[order[-1]], metric).mean is not None:
+            beyond.add(order[-1] * 2)
         if stats:
             around |= {*order[max(0, order.index(best) - 1) : order.index(best) + 2]}
             least = metric.sign * stats[best].mean - (stats[best].std or 0)

@@ -151,13 +151,14 @@ def record(config, accuracy, loss, truth):
         final["test_top5"] = truth.top5 / 100
     if truth.diverged:
         final = dict.fromkeys(final)
-    images = 10_000 if config["model"] == "wrn" else 50_000
+    classes, images = (10, 10_000) if config["model"] == "wrn" else (1000, 50_000)
+    data = {"fingerprint": "0" * 16, "classes": classes, "test_images": images}
     return {
         "config": config,
         "status": "diverged" if truth.diverged else "done",
         "history": [],
         "final": final,
-        "data": {"name": config["data"], "fingerprint": "0" * 16, "test_images": images},
+        "data": {"name": config["data"]} | data,
         "environment": {"torch": "2.14", "device": "cpu", "commit": "abc1234"},
         "file": "planted",
     }

@@ -230,6 +230,23 @@ def test_marks_at_edges_are_hollow_and_the_optimum_has_a_ring(drawn):
     assert [line.get_xdata()[0] for line in hollow] == [1] and [line.get_xdata()[0] for line in rings] == [2]
 
 
+def test_a_network_at_chance_has_no_optimal_rate():
+    """Its best rate is noise and crossed out; what it reaches is shown."""
+    noise = wide(["none"], (16,), 100, accuracy=10.2, std=0.05, rate=-3, tied=(-9, 0))
+    truth = wide(["none", "bn"], (16,), accuracy=90.0) | wide(["bn"], (16,), 100, accuracy=90.0) | noise
+    (section,) = sections(truth)
+    (accuracy, rates), (_, deep) = plot.depth_panels(section)
+    values, optima = (
+        {line.method: [mark.y for mark in line.marks] for line in it.lines} for it in (accuracy, rates)
+    )
+    assert values["none"] == [pytest.approx(90, abs=1), pytest.approx(10, abs=1)]
+    assert optima == {"bn": [2.0**-2] * 2, "none": [2.0**-2, None]}
+    line = {line.method: line.marks for line in deep.lines}["none"]
+    assert all(9 < mark.y < 11 and not mark.best for mark in line) and len(line) == 12
+    row = plot.row_of(section, 100, 16, "none", section.lines(plot.BY_DEPTH, ACCURACY)["none"][1].grid)
+    assert (row[3], row[5]) == ("at chance", "at 2^-10 to 2^1")
+
+
 def test_every_method_has_a_look_of_its_own():
     methods = ["groupnorm", "zeroinit, alpha 0.1", "zeroinit, alpha 1", "another"]
     looks = plot.looks_of(sections(wide(methods, (64,))))

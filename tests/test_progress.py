@@ -16,6 +16,9 @@ from test_sweep import printed
 import progress
 
 
+DATA = {"fingerprint": "x", "classes": 10, "test_images": 10_000}
+
+
 def line(out, *flags, init="bn"):
     fixed = f"--bs 64 --out {out} --device cpu --amp off --epochs 2"
     return f"python wrn_cifar.py --init {init} {fixed} {' '.join(flags)}"
@@ -24,7 +27,7 @@ def line(out, *flags, init="bn"):
 def record(config, accuracy, loss=1.0, seconds=30.0):
     """A record of a run: diverged if it has no accuracy."""
     entry = {"lr": config["lr"], "train_loss": loss, "l2": 0.0, "train_accuracy": 0.5, "seconds": seconds / 2}
-    found = {"config": config, "status": "done", "data": {"fingerprint": "x"}, "environment": {}}
+    found = {"config": config, "status": "done", "data": dict(DATA), "environment": {}}
     if accuracy is None:
         final = dict.fromkeys(("test_accuracy", "train_loss", "train_objective"))
         return found | {"status": "diverged", "history": [], "final": final, "diverged_at_step": 3}

@@ -33,6 +33,7 @@ CONFIG |= {"momentum": 0.9, "dampening": 0.9}
 OPTIONS = ("ghost", "dropout", "alpha", "wd", "l2_all", "base_init", "pad_mode", "train_size", "precision")
 DEFAULTS = {key: CONFIG[key] for key in OPTIONS}
 NAME = "wrn16-4_zeroinit_bs64_lr2^-2_ep3_s07.json"
+BOTH = (ACCURACY, LOSS)
 NOTHING = {"test_accuracy": None, "train_loss": None, "train_objective": None}
 
 
@@ -43,7 +44,8 @@ def make_record(**changes) -> dict:
     history[-1] |= {"train_loss": 1.0, "test_accuracy": 0.75}
     final = {"test_accuracy": 0.75, "train_loss": 1.0, "train_objective": 1.5}
     record = {"config": CONFIG | changes, "status": "done", "history": history, "final": final}
-    return record | {"data": {"name": "CIFAR-10", "fingerprint": "f" * 16}, "environment": {"commit": None}}
+    data = {"name": "CIFAR-10", "fingerprint": "f" * 16, "classes": 10, "test_images": 10_000}
+    return record | {"data": data, "environment": {"commit": None}}
 
 
 def make_diverged() -> dict:
@@ -153,7 +155,7 @@ FAULTS = [
     *((without("config", key), f"missing.*{key}") for key in NEEDED_CONFIG),
     *((without("history", 1, key), f"missing.*{key}") for key in NEEDED_ENTRY),
     *((without("final", key), f"missing.*{key}") for key in NOTHING),
-    (without("data", "fingerprint"), "missing.*fingerprint"),
+    *((without("data", key), f"missing.*{key}") for key in ("fingerprint", "classes", "test_images")),
     (without("history", 2, "test_accuracy"), "missing.*test_accuracy"),
     (with_value("config", "model", "vgg"), "its model cannot be 'vgg'"),
     (with_value("config", "model", "resnet50"), "its version cannot be None"),
@@ -173,6 +175,8 @@ FAULTS = [
     (with_value("config", "lr", 0.5), r"its name does not agree.*_lr2\^-1_"),
     (with_value("config", "seed", 17), "its name does not agree.*_s17"),
     (with_value("data", "fingerprint", None), "fingerprint is not a text"),
+    (with_value("data", "classes", "10"), "its classes cannot be '10'"),
+    (with_value("data", "test_images", 0), "its test_images cannot be 0"),
     (with_value("environment", []), "environment is not an object"),
     (with_value("config", []), "wrong kind"),
     (with_value("history", None), "wrong kind"),
@@ -290,7 +294,9 @@ def test_all_records_of_a_folder_and_what_is_wrong_with_the_others(tmp_path):
     put(tmp_path / "a", make_record() | {"final": NOTHING}, NAME.replace("ep3", "x"))
     put(tmp_path / "a", make_record(), NAME.replace("zeroinit", "copy"))
     put(tmp_path / "b", make_record(), NAME)
-    put(tmp_path / "b", make_record() | {"data": {"fingerprint": "other images"}}, "b" + NAME)
+    others = make_record()
+    others["data"]["fingerprint"] = "other images"
+    put(tmp_path / "b", others, "b" + NAME)
     put(tmp_path / "b", "{}", ".hidden.json")
     put(tmp_path / "b", "{}", "text.txt")
     for folder in ("report", "logs", "speed", "slurm", ".hidden"):
@@ -359,6 +365,32 @@ def test_the_optimum_with_its_bracket_and_edge():
     assert optimum({}, ACCURACY) is None
 
 
+@pytest.mark.parametrize(
+    "classes, images, most",
+    [(10, 10_000, 1090), (100, 10_000, 129), (1000, 50_000, 71), (2, 100, 65), (1, 9, 9)],
+)
+def test_chance_is_within_three_standard_errors_of_guessing(classes, images, most):
+    """By hand: 1/10 + 3 sqrt(0.1 0.9 / 10,000) = 0.109; 50/100 + 3 sqrt(0.25 / 100) = 0.65."""
+    for right, trains in ((0, False), (most - 1, False), (most + 1, True)):
+        record = make_record()
+        record["data"] |= {"classes": classes, "test_images": images}
+        record["final"]["test_accuracy"] = right / images
+        final = records.final_of(record)
+        assert record["final"].items() < final.items()
+        assert [statistic([final], metric).trains for metric in BOTH] == [trains, trains]
+    assert not statistic([records.final_of(make_diverged())], ACCURACY).trains
+
+
+def test_the_best_of_rates_at_chance_is_no_optimum():
+    noise, trained = (
+        [it | {"chance": 0.109} for it in finals(*them)] for them in ((0.11, 0.107), (0.12, 0.11))
+    )
+    assert not optimum({0.5: noise, 1.0: noise}, ACCURACY).trains  # their mean, not each, is at chance
+    best = optimum({0.5: noise, 1.0: trained, 2.0: finals(None, None)}, ACCURACY)
+    assert (best.rate, best.edge, best.tied) == (1.0, "", [1.0])
+    assert statistic(noise, ACCURACY).mean == pytest.approx(0.1085)  # what it reaches is told
+
+
 def test_a_lucky_seed_alone_is_not_the_optimum():
     grid = {0.5: finals(0.7, 0.7, 0.7), 1.0: finals(0.8, 0.8, 0.8), 2.0: finals(0.9), 4.0: finals(None)}
     best = optimum(grid, ACCURACY)
@@ -370,7 +402,6 @@ def test_a_lucky_seed_alone_is_not_the_optimum():
 # ----------------------------------------------------------------------------------------------------- search
 
 RATES = [2.0**k for k in range(-5, 2)]
-BOTH = (ACCURACY, LOSS)
 
 
 @dataclass
@@ -460,6 +491,30 @@ def test_where_every_rate_diverges_lower_ones_are_tried():
     assert played.seeds() == dict.fromkeys(range(-11, 2), 1)
     assert played.end.notes == ["the search would go on to 2^-12, but stops"]
     assert optimum(played.grid, ACCURACY) is None
+
+
+class Noise(Exact):
+    """At chance, with an optimum of its own, wherever `Exact` is not within two rates of its best."""
+
+    def __missing__(self, pair):
+        final, x = super().__missing__(pair), math.log2(pair[0])
+        far = final != NOTHING and abs(x - self.peaks[0]) > 2
+        return final | {"test_accuracy": 0.108 - 0.001 * abs(x + 2), "chance": 0.109} if far else final
+
+
+def test_a_rate_at_chance_is_no_end_of_a_search():
+    played = play(Noise(-8, -8, limit=0), "best")  # noise is best at 2^-2, between the other rates
+    assert played.seeds() == {-9: 15, -8: 15, -7: 15} | dict.fromkeys(range(-6, 2), 1)
+    assert [optimum(played.grid, metric).rate for metric in BOTH] == [2**-8, 2**-8]
+    played = play(Noise(4, 4), "best")  # rates may also be too low
+    assert played.seeds() == dict.fromkeys(range(-6, 3), 1) | {3: 15, 4: 15, 5: 15}
+
+
+def test_where_nothing_trains_a_search_ends():
+    played = play(Noise(99, 99), "best")
+    assert played.seeds() == dict.fromkeys(range(-11, 8), 1)
+    assert played.end.notes == [f"the search would go on to 2^{k}, but stops" for k in (-12, 8)]
+    assert play(Noise(99, 99, limit=1), "all", seeds=2).seeds() == dict.fromkeys(range(-11, 2), 2)
 
 
 def test_a_neighbour_that_can_have_no_mean_is_settled():
