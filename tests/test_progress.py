@@ -15,7 +15,6 @@ from test_sweep import printed
 
 import progress
 
-
 DATA = {"fingerprint": "x", "classes": 10, "test_images": 10_000}
 
 
