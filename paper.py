@@ -4,6 +4,7 @@ Records become grids (one configuration at all its learning rates), grids become
 a section knows the lines of each figure and table. The statistics are those of records.py.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -144,7 +145,7 @@ def method_of(config):
     """The method of a configuration: `init`, and in words what is not usual for it."""
     setup, init, bs, words = SETUPS[config.get("version")], config["init"], config["bs"], ""
     ghost, dropout, l2, alpha = (config.get(key) for key in ("ghost", "dropout", "wd", "alpha"))
-    usual = setup.dropout if init in HAS_DROPOUT else 0.0
+    usual = setup.dropout if init in HAS_DROPOUT or (init not in NAMES and dropout) else 0.0
     if ghost is not None and ghost != min(bs, setup.ghost):
         words += " (whole batch)" if ghost == bs else f", ghost {ghost}"
     if dropout is not None and dropout != usual:
@@ -188,27 +189,52 @@ class Grid:
         return "at chance" if self.reached(ACCURACY) else "diverged"
 
 
+BEST_ONLY = 1.22  # the mean of the best 80% of normal numbers varies more than their deviation tells
+
+
 class Result:
     """One method at one batch size or depth `x`, at its optimal rate for a metric.
 
     Its `score` is the metric's mean, negated where less is better; minus infinity if no rate trains. It is
-    `open` where more rates could raise it: the optimum is on the edge, or none of a few rates trains. `low`,
-    `high` are the exponents of the tied rates; `up` and `down` say that the optimum may be higher or lower.
+    `open` where more runs could raise it, for a reason in words. `low` and `high` are the exponents of the
+    tied rates, further apart where the rates are; `up` and `down` say that they may be higher or lower.
     """
 
     def __init__(self, x, grid, metric):
         self.x, self.grid, self.metric, self.best = x, grid, metric, grid.best(metric)
-        self.score, self.std, self.error, edge, tied = -math.inf, 0.0, 0.0, "", [math.nan]
+        self.score, self.std, self.error, self.open = -math.inf, 0.0, 0.0, ""
+        self.low = self.high = math.nan
+        rates, self.up, self.down = sorted(grid.runs), False, False
         if best := self.best:
-            self.score, self.std, edge, tied = metric.sign * best.mean, best.std or 0.0, best.edge, best.tied
-            self.error = self.std / math.sqrt(len(best.kept))  # of the mean
+            self.score, self.std = metric.sign * best.mean, best.std or 0.0
+            self.open = "an optimum is on the edge" if best.edge else ""
+            first, last = rates.index(best.tied[0]), rates.index(best.tied[-1])
+            self.up, self.down = last == len(rates) - 1, first == 0
+            below = 1 if self.down else math.log2(rates[first] / rates[first - 1])
+            above = 1 if self.up else math.log2(rates[last + 1] / rates[last])
+            self.low = math.log2(rates[first]) - max(0.0, below - 1) / 2  # the paper's are a factor 2 apart
+            self.high = math.log2(rates[last]) + max(0.0, above - 1) / 2
+            self.error = BEST_ONLY * self.std / math.sqrt(len(best.kept))  # of the mean
             if best.std is None and metric is ACCURACY:  # one run: as the number of test images allows
                 self.error = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
             elif best.std is None:
                 self.error = 0.01 * best.mean
-        few = not best and max(grid.runs) < min(grid.runs) * 2**EXTEND
-        self.open, self.up, self.down = few or bool(edge), "highest" in edge, "lowest" in edge
-        self.low, self.high = math.log2(tied[0]), math.log2(tied[-1])
+        elif few_rates(grid, rates):
+            self.open = "none of a few rates trains"
+        if (reached := grid.reached(metric)) and reached.rival:
+            self.open = "a rate with fewer seeds is better"
+
+
+def few_rates(grid, rates):
+    """True if rates that were not run could train where none does.
+
+    They span less than what a search adds on one side, or are over a factor of 4 apart up to the first that
+    diverges.
+    """
+    done = [any(run["status"] == "done" for run in grid.runs[rate]) for rate in rates]
+    last = max((i for i, trained in enumerate(done) if trained), default=-1)
+    gaps = [after / rate for rate, after in itertools.pairwise(rates[: last + 2])]
+    return rates[-1] < rates[0] * 2**EXTEND or max(gaps, default=1) > 4
 
 
 class Section:
@@ -234,7 +260,8 @@ class Section:
     def network(self, target):
         """True if this is the network of the paper's figure or table, and the batch size of Tables 1 to 3."""
         same = self.config.get("version") == target.version and self.config.get("width") == target.width
-        return same and (self.bs == 64 or not target.table or bool(target.version))
+        usual = self.bs == 64 if target.table else self.depth == 16
+        return same and (usual or bool(target.version))
 
     def beside(self, target):
         """True if the paper's numbers can stand beside ours: the data and the network are the paper's."""

@@ -446,7 +446,8 @@ def figure_table(section, target):
     sizes, rows = sorted({result.x for _, lines in found for line in lines.values() for result in line}), []
     for metric, lines in found:
         for method, line in lines.items():
-            texts = {result.x: best_text(result.grid, metric)[target.rates] for result in line}
+            told = {result.x: (result, best_text(result.grid, metric)[target.rates]) for result in line}
+            texts = {x: text if result.best else result.grid.failure for x, (result, text) in told.items()}
             rows.append([label_of(section, metric), name_of(method), *(texts.get(x, "–") for x in sizes)])
     return ["", "Batch size", *sizes], rows
 
@@ -488,7 +489,7 @@ def caption_of(section, target):
 NOTE = """Of n runs at a learning rate the best ⌈0.8 n⌉ are kept (12 of 15), for accuracy and loss
 independently. A number is their mean ± one standard deviation at the rate with the best mean; rates
 in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. A statement that
-more rates could overturn is undecided. Tied: the difference is below one standard error (of a
+more rates could overturn is undecided. Tied: the difference is below its standard error (of a
 single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
 deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
 diverged, and optimal rates where none trains; grey: a part of an axis that is compressed."""

@@ -100,7 +100,7 @@ def check_record(record: dict, name: str):
     check_config(config, name)
     kinds = isinstance(record["data"]["fingerprint"], str), isinstance(record["environment"], dict)
     check(all(kinds), "its fingerprint is not a text, or its environment is not an object")
-    for key in ("classes", "test_images"):
+    for key in ("classes", "train_images", "test_images"):
         check(is_number(record["data"][key], 1, kind=int), f"its {key} cannot be {record['data'][key]!r}")
     for epoch, entry in enumerate(history, 1):
         if entry["epoch"] != epoch:
@@ -210,16 +210,21 @@ class Metric:
     key: str  # in `final`
     name: str
     sign: int  # +1 where more is better, -1 where less is
+    images: str  # on which a run is better than chance, where it trains
 
 
-ACCURACY = Metric("test_accuracy", "test accuracy", +1)
-LOSS = Metric("train_objective", "training loss", -1)
+ACCURACY = Metric("test_accuracy", "test accuracy", +1, "test")
+LOSS = Metric("train_objective", "training loss", -1, "train")
 
 
 def final_of(record: dict) -> dict:
-    """The `final` of a record, and the accuracy up to which it is at `chance`: three standard errors."""
-    guess, images = 1 / record["data"]["classes"], record["data"]["test_images"]
-    return record["final"] | {"chance": guess + 3 * math.sqrt(guess * (1 - guess) / images)}
+    """The `final` of a record, and on which images it is better than `chance`, by five standard errors."""
+    better, guess = [], 1 / record["data"]["classes"]
+    for part in ("test", "train") if record["status"] == "done" else ():
+        error = math.sqrt(guess * (1 - guess) / record["data"][f"{part}_images"])
+        limit = guess + min(5 * error, (1 - guess) / 2)
+        better += [part] if record["history"][-1][f"{part}_accuracy"] > limit else []
+    return record["final"] | {"better_than_chance": better}
 
 
 @dataclass
@@ -228,12 +233,7 @@ class Stat:
     std: float | None  # sample standard deviation; None also for one run
     runs: int
     kept: list[dict]
-
-    @property
-    def trains(self) -> bool:
-        """False where too many runs diverged, or the runs kept are at chance: the best of such is noise."""
-        accuracies = [final["test_accuracy"] for final in self.kept]
-        return self.mean is not None and fmean(accuracies) > self.kept[0].get("chance", -1)
+    trains: bool  # it has a mean, and most runs kept are better than chance: the best of others is noise
 
 
 @dataclass
@@ -241,6 +241,7 @@ class Optimum(Stat):
     rate: float
     tied: list[float]  # the rates whose mean is within one standard deviation of the best
     edge: str  # "lowest", "highest", "lowest and highest" or "" among all rates that were run
+    rival: bool  # a rate with fewer seeds is better so far
 
 
 def kept(n: int) -> int:
@@ -254,7 +255,8 @@ def statistic(finals: list[dict], metric: Metric) -> Stat:
     best = sorted(done, key=lambda final: -metric.sign * final[metric.key])[: kept(len(finals))]
     scores = [final[metric.key] for final in best] if len(best) == kept(len(finals)) else []
     mean, std = fmean(scores) if scores else None, stdev(scores) if scores[1:] else None
-    return Stat(mean, std, len(finals), best)
+    trained = [final for final in best if metric.images in final.get("better_than_chance", (metric.images,))]
+    return Stat(mean, std, len(finals), best, mean is not None and 2 * len(trained) > len(best))
 
 
 def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
@@ -271,7 +273,9 @@ def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
     best = max(means, key=lambda rate: metric.sign * means[rate])
     tied = [rate for rate in means if abs(means[rate] - means[best]) <= (stats[best].std or 0)]
     edge = " and ".join(word for word, end in (("lowest", min(grid)), ("highest", max(grid))) if end == best)
-    return Optimum(**vars(stats[best]), rate=best, tied=tied, edge=edge)
+    fewer = [metric.sign * stat.mean for stat in stats.values() if stat.runs < most and stat.trains]
+    rival = max(fewer, default=-math.inf) > (metric.sign * means[best] if stats[best].trains else -math.inf)
+    return Optimum(**vars(stats[best]), rate=best, tied=tied, edge=edge, rival=rival)
 
 
 @dataclass

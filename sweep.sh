@@ -38,7 +38,7 @@ table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU aft
 demo() { # what depth does: each block without normalization doubles the variance
     flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --amp off --out demo"
     for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
-        case $init$depth in none16) k="-9 -7 -5 -3" ;; none*) k="-13 -9 -5 -1" ;; *) k="-5 -3 -1 1" ;; esac
+        case $init in none) k="-13 -11 -9 -7 -5 -3" ;; *) k="-5 -3 -1 1" ;; esac
         INITS=$init seeds=1 rates="--lr ${LRS:-2^${k// / 2^}}" wrn "" --depth $depth $flags
     done; done
 }

@@ -152,11 +152,11 @@ def record(config, accuracy, loss, truth):
     if truth.diverged:
         final = dict.fromkeys(final)
     classes, images = (10, 10_000) if config["model"] == "wrn" else (1000, 50_000)
-    data = {"fingerprint": "0" * 16, "classes": classes, "test_images": images}
+    data = {"fingerprint": "0" * 16, "classes": classes, "train_images": 50_000, "test_images": images}
     return {
         "config": config,
         "status": "diverged" if truth.diverged else "done",
-        "history": [],
+        "history": [] if truth.diverged else [{"train_accuracy": accuracy} | final],
         "final": final,
         "data": {"name": config["data"]} | data,
         "environment": {"torch": "2.14", "device": "cpu", "commit": "abc1234"},

@@ -15,7 +15,7 @@ from test_sweep import printed
 
 import progress
 
-DATA = {"fingerprint": "x", "classes": 10, "test_images": 10_000}
+DATA = {"fingerprint": "x", "classes": 10, "train_images": 50_000, "test_images": 10_000}
 
 
 def line(out, *flags, init="bn"):
