@@ -145,7 +145,7 @@ def method_of(config):
     """The method of a configuration: `init`, and in words what is not usual for it."""
     setup, init, bs, words = SETUPS[config.get("version")], config["init"], config["bs"], ""
     ghost, dropout, l2, alpha = (config.get(key) for key in ("ghost", "dropout", "wd", "alpha"))
-    usual = setup.dropout if init in HAS_DROPOUT or (init not in NAMES and dropout) else 0.0
+    usual = setup.dropout if init in HAS_DROPOUT else 0.0
     if ghost is not None and ghost != min(bs, setup.ghost):
         words += " (whole batch)" if ghost == bs else f", ghost {ghost}"
     if dropout is not None and dropout != usual:
