@@ -334,8 +334,10 @@ def larger_rates(section, *lines):
 
 @claim("Fig. 2a", "bn", "none", high=32, runs=4, both=True)
 @claim("Fig. 2b", "bn", "none", metric=LOSS, high=32, runs=4, both=True)
+@claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True)
+@claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True)
 def rate_is_not_the_reason(section, *lines):
-    """Larger rates are not why normalization is better at small B (B ≤ 32: better within a factor 4)."""
+    """Larger rates are not why normalization is better at small B (B ≤ {high}: better within a factor 4)."""
     pairs = rows(*lines)
     return every(verdict for bn, none in pairs for verdict in (compare(bn, none), grows(none, bn, -2, 2)))
 
@@ -441,7 +443,7 @@ def tell(result, rates=False, both=False):
     if not best:
         return result.grid.failure
     text, rate = number(result.grid, result.metric, best.mean, best.std), power(best.rate)
-    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if result.open else "")
+    return (rate if rates else f"{text} at {rate}" if both else text) + (" (*edge*)" if best.edge else "")
 
 
 def places(claim, results):

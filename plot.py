@@ -489,10 +489,11 @@ def caption_of(section, target):
 NOTE = """Of n runs at a learning rate the best ⌈0.8 n⌉ are kept (12 of 15), for accuracy and loss
 independently. A number is their mean ± one standard deviation at the rate with the best mean; rates
 in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. A statement that
-more rates could overturn is undecided. Tied: the difference is below its standard error (of a
-single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
-deviations or tied rates; hollow: an edge; a ring: the optimum; crossed out, at the bad end:
-diverged, and optimal rates where none trains; grey: a part of an axis that is compressed."""
+more rates or seeds could overturn is undecided. Tied: the difference is below its standard error (of
+a single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
+deviations or tied rates; hollow: an edge, or a rate with fewer seeds is better; a ring: the optimum;
+crossed out, at the bad end: diverged, and optimal rates where none trains; grey: a part of an axis
+that is compressed."""
 
 
 def tally(answers):

@@ -325,7 +325,7 @@ def results(tmp_path_factory):
     assert (done.returncode, len(done.stderr.splitlines())) == (0, 1), done.stderr
     assert "cifar-10/notes.json: not used: " in done.stderr
     tally, last = done.stdout.splitlines()
-    assert tally.startswith("of 72 statements: ") and last == f"report: {folder / 'report' / 'REPORT.md'}"
+    assert tally.startswith("of 74 statements: ") and last == f"report: {folder / 'report' / 'REPORT.md'}"
     return folder, tally, (folder / "report" / "REPORT.md").read_text()
 
 
@@ -334,7 +334,7 @@ def test_report_begins_with_the_tally_and_the_pictures(results):
     start = text.split("\n## ")[0]
     assert start.startswith(f"# How much of the paper holds\n\n**{tally.capitalize()}.**")
     counts = [int(word) for word in tally.replace(",", "").split() if word.isdigit()]
-    assert sum(counts[1:]) == counts[0] == 72
+    assert sum(counts[1:]) == counts[0] == 74
     assert [name for name in ("depth", "fig1", "fig2", "fig3", "fig4") if f"![{name}](" in start] == [
         *("depth", "fig1", "fig2", "fig3", "fig4")
     ]
@@ -347,8 +347,8 @@ def test_report_tells_the_numbers_behind_each_verdict(results):
     _, _, text = results
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
     statements = [row for row in rows if row[0].strip("| ").isdigit() and len(row) == 6]
-    assert sorted(int(row[0].strip("| ")) for row in statements if "–" not in row[0])[:72] == list(
-        range(1, 73)
+    assert sorted(int(row[0].strip("| ")) for row in statements if "–" not in row[0])[:74] == list(
+        range(1, 75)
     )
     (row,) = [
         row for row in statements if row[1] == "ZeroInit is better than + scalar multiplier in test accuracy"
