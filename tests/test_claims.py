@@ -215,7 +215,7 @@ def some(points, draw_random, always=frozenset()):
 
 def test_a_part_of_the_runs_never_denies_what_all_of_them_show():
     draw_random, denied = random.Random(1), set()
-    for _ in range(60):
+    for _ in range(40):
         for section in paper.make_sections(some(truth(), draw_random)):
             answers = [claims.judge(section, claim) for claim in CLAIMS]
             denied |= {ident(answer.claim) for answer in answers if answer and answer.verdict is FAILS}
@@ -228,7 +228,7 @@ def test_a_part_of_the_runs_never_asserts_the_opposite_of_what_all_of_them_show(
     points, draw_random = opposite(claim), random.Random(2)
     changed = {key[2:] for key, point in points.items() if point != own(claim)[key]}
     always = changed if len(changed) < len({key[2:] for key in points}) else frozenset()
-    for _ in range(4):
+    for _ in range(3):
         for section in paper.make_sections(some(points, draw_random, always)):
             answer = claims.judge(section, claim)
             assert not answer or answer.verdict is not HOLDS, answer.ours

@@ -342,7 +342,7 @@ def test_classes_come_from_the_data(tmp_path, classes, capsys):
     assert record["data"]["classes"] == classes and record["data"]["train_images"] == 3 * classes
 
 
-SEARCH = f"{QUICK} --init bn --bs 8 --epochs 3 --lr 2^-4 2^-2 2^0 --seeds 3 --search best"
+SEARCH = f"{QUICK} --init bn --bs 8 --epochs 3 --lr 2^-2 2^0 --seeds 3 --search best"
 
 
 def test_a_search_runs_to_its_end_in_one_process_and_in_two(tmp_path, capsys):
