@@ -49,7 +49,7 @@ def every(verdicts):
 
 
 def noise(*results):
-    """What a difference of results must exceed: its standard error."""
+    """The standard error of a difference of results; a smaller difference is tied."""
     return math.hypot(*(result.error for result in results))
 
 
@@ -347,7 +347,7 @@ def small_rates_suffice(section, bn):
     """Batch Normalization is as accurate at the smallest B as at rates 8 times as large (bars overlap)."""
     larger = [result for result in bn if grows(bn[0], result, low=3) is HOLDS]
     if not larger:
-        return every([grows(bn[0], max(bn, key=lambda result: result.high), low=3)])
+        return grows(bn[0], max(bn, key=lambda result: result.high), low=3)
     top = best_of(larger)
     return not_behind(bn[0], top, bn[0].std + top.std + noise(bn[0], top))  # the best of several
 
