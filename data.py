@@ -22,17 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
 from tqdm import tqdm
 
 from common import stop_asked, stream_seed
 from ranks import rank_variable
 from records import UserError, atomic_write
 
-decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)  # PIL's pixels in less time, deprecated in 0.29
 SHAPES, SHAPES_TEST = 4096, 1000  # images of the generated data
 PATTERNS = "F0F0 FF00 9999 9696 9966 F999 6600 FF66 F690 F096"  # bars, chequers, a grid, dots, arrows
 CIFAR = {"cifar10": ("CIFAR-10", 10), "cifar100": ("CIFAR-100", 100)}
@@ -135,6 +132,8 @@ def load_cifar(name: str, folder: Path):
 
     torchvision checks MD5 sums before it unpickles; one process downloads at a time. Raises UserError.
     """
+    from torchvision import datasets  # takes seconds, which few need
+
     (title, classes), kind = CIFAR[name], getattr(datasets, name.upper())
     try:
         try:
@@ -254,6 +253,14 @@ def count_images(data: str, folder: Path, parts: tuple[str, str] = ("train", "te
     return (SHAPES, 10) if data == "shapes" else (50_000, CIFAR[data][1])
 
 
+@functools.cache
+def jpeg_decoder():
+    """torchvision's decoder: PIL's pixels in less time. None where it is gone, being deprecated in 0.29."""
+    import torchvision  # takes seconds, which few need
+
+    return getattr(torchvision.io, "decode_jpeg", None)
+
+
 def decode(path) -> torch.Tensor:
     """An image file as RGB, uint8 (H, W, 3), 16-bit grey scaled to 8 bits; its rotation tag is ignored.
 
@@ -264,9 +271,9 @@ def decode(path) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torchvision's future, metadata and large images
             data = np.fromfile(path, np.uint8)
-            if decode_jpeg and data[:3].tobytes() == b"\xff\xd8\xff":
+            if data[:3].tobytes() == b"\xff\xd8\xff" and jpeg_decoder():
                 with contextlib.suppress(RuntimeError):  # PIL says what is wrong, or can read it
-                    return decode_jpeg(torch.from_numpy(data), "RGB").permute(1, 2, 0)
+                    return jpeg_decoder()(torch.from_numpy(data), "RGB").permute(1, 2, 0)
             with Image.open(path) as image:
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
                     grey = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
@@ -356,6 +363,7 @@ class ImageNet:
         self.sources, labels = (np.concatenate(pair) for pair in zip(train, val, strict=True))
         self.labels, self.size, self.workers = torch.from_numpy(labels), size, workers
         self.idle = []  # loaders whose workers have nothing to do
+        jpeg_decoder()  # imported once, not in each worker
         self.scale, self.shift = scale_and_shift(MEAN, STD, device)
 
     def draw(self, seed: int, epoch: int) -> torch.Tensor:

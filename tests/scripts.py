@@ -25,7 +25,7 @@ import records
 import runner
 
 FORKS = multiprocessing.get_context("forkserver")  # its server imports torch once, and trains nothing itself
-FORKS.set_forkserver_preload(["wrn_cifar", "resnet_imagenet"])
+FORKS.set_forkserver_preload(["wrn_cifar", "resnet_imagenet", "torch._dynamo"])  # which optimizers import
 SIZES = 96, 100  # training and test images of `shapes` in tests
 
 
