@@ -563,7 +563,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
         "2^-6",
     ]
     options = {"INITS": "none scalar"}
-    assert sweep("table1", *flags, "--out", tmp_path / "one", "--jobs", 1, **options).returncode == 0
+    alone = start("table1", *flags, "--out", tmp_path / "one", "--jobs", 1, **options)
     chance, flags = random.Random(0), [*flags, "--out", tmp_path / "two", "--jobs", 2]
     for _ in range(6):
         process = start("table1", *flags, **options)
@@ -571,5 +571,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert sweep("table1", *flags, **options).returncode == 0
+    alone.communicate()
+    assert alone.returncode == 0
     assert outcomes(tmp_path / "two") == outcomes(tmp_path / "one") != {}
     assert {path.suffix for path in (tmp_path / "two" / "shapes").iterdir()} == {".json"}
