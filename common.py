@@ -4,7 +4,7 @@ The paper's idea, ZeroInit, is one scalar at the end of each residual branch, wh
 
     self.scale = nn.Parameter(torch.zeros(()))        # ZeroInit, component 1
     ...
-    return skip + self.scale * branch                 # every block is the identity at initialization
+    return skip + self.scale * branch                 # at initialization, only the skip path
 
 plus biases on the convolutions and the classifier (component 2) and dropout before the classifier
 (component 3). With it, Wide-ResNets of 1000 layers train without any normalization (section 4 of the paper).
@@ -397,10 +397,10 @@ def draw_weights(weight, base_init: str):
     """Fill a convolution's or the classifier's weight from the base distribution.
 
     The paper does not name it. "he-in" (He et al., 2015) is a normal of standard deviation sqrt(2/fan_in):
-    with it the plain Wide-ResNet 16-4 diverges in five updates of 64 images at a rate of 2^-2, and at 2^-3
-    does not in thirty: the paper's optimal rate for it saturates at 2^-3. With "he-out", sqrt(2/fan_out),
-    it survives 2^1, with "lecun", 1/sqrt(fan_in) truncated at two standard deviations, 2^3. No ReLU follows
-    the classifier, so the classifier keeps 1/sqrt(fan_in).
+    with it the plain Wide-ResNet 16-4 diverges within six updates of 64 images at a rate of 2^-2, and at 2^-3
+    does not in twenty: the paper's optimal rate for it saturates at 2^-3. "he-out" is sqrt(2/fan_out),
+    "lecun" 1/sqrt(fan_in) truncated at two standard deviations. No ReLU follows the classifier, so the
+    classifier keeps 1/sqrt(fan_in).
     """
     fan_in, fan_out = weight[0].numel(), weight.numel() // weight.shape[1]
     if base_init == "lecun" or weight.ndim == 2:

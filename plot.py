@@ -643,7 +643,9 @@ def main():
     for name, problem in problems.items():
         print(f"{args.results / name}: not used: {problem}", file=sys.stderr)
     if not records:
-        parser.exit(2, f"error: no records in {args.results} (as {args.results}/DATA/RUN.json)\n")
+        deeper = sorted({str(path.parent.parent) for path in args.results.glob("*/*/*_s[0-9]*.json")})
+        hint = f"there are some in {', '.join(deeper)}" if deeper else f"as {args.results}/DATA/RUN.json"
+        parser.exit(2, f"error: no records in {args.results} ({hint})\n")
     try:
         if args.csv:
             write_csv(args.csv, records)

@@ -90,7 +90,7 @@ def add_shared_flags(parser: Parser, **defaults):
     """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
     add = parser.add_argument_group("optimization").add_argument
     add("--bs", "--batch-size", type=positive, help="images per update")
-    add("--lr", type=rate, nargs="+", help="learning rates: 0.25 or 2^-2 [what the paper leads to expect]")
+    add("--lr", type=rate, nargs="+", help="learning rates: 0.25 or 2^-2 [the optimum to expect]")
     add("--epochs", type=positive, help="the budget; the learning rate schedule scales with it")
     add("--momentum", type=fraction, default=0.9, help="heavy ball")
     add(

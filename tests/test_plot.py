@@ -510,6 +510,13 @@ def test_no_records(tmp_path, make, flags):
     assert str(folder) in done.stderr
 
 
+def test_records_one_folder_deeper_are_pointed_at(tmp_path):
+    for name in ("b", "a"):
+        write(tmp_path / name, small_set()[:1])
+    said = f"error: no records in {tmp_path} (there are some in {tmp_path}/a, {tmp_path}/b)\n"
+    assert run_plot(tmp_path).stderr == said
+
+
 def test_no_torch(tmp_path):
     write(tmp_path, small_set()[:2])
     code = "import sys, plot; plot.main(); print(sorted({'torch', 'matplotlib'} & sys.modules.keys()))"

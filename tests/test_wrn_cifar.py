@@ -467,7 +467,7 @@ def test_another_norm_is_a_field_a_row_and_a_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     affine = 2 * (16 + 16 + 16 + 32 + 32 + 64 + 64)  # two for each channel of each norm
-    assert f"wrn10-1 gn, {77_360 + affine:,} parameters, 10 classes" in done.stdout
+    assert f"wrn10-1 gn, {77_370 + affine:,} parameters, 10 classes" in done.stdout
     assert list(all_records(tmp_path / "results")) == ["wrn10-1_gn_bs512_lr2^-2_ep1_trainsize1024_s00"]
 
 
