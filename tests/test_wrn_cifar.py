@@ -541,7 +541,7 @@ def test_help_has_examples_and_no_empty_defaults(module, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert said.count(f" {module.__name__}.py ") >= 2
     assert "None" not in said and "(default: False)" not in said
-    assert "(default: zeroinit)" in said and "[what the paper leads to expect]" in said
+    assert "(default: zeroinit)" in said and "[the optimum to expect]" in said
 
 
 def test_closed_streams_do_not_end_a_run(tmp_path):
