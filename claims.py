@@ -360,7 +360,7 @@ def keeps(section, result, shallow):
 
 @claim("Section 2", "none", "bn", least=2, start=16, reach=40, worst=True)
 def plain_fails_at_depth(section, none, bn):
-    """Batch Normalization enables depth: it trains the deepest network, none does not (as in Table 2)."""
+    """Batch Normalization enables depth: it trains the deepest network, the plain one fails (see Table 2)."""
     (plain, norm), *_, (deep_plain, deep_norm) = rows(none, bn)
     kept = keeps(section, deep_plain, plain)
     return every([{HOLDS: FAILS, FAILS: HOLDS}.get(kept, kept), keeps(section, deep_norm, norm)])

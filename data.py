@@ -132,7 +132,7 @@ def load_cifar(name: str, folder: Path):
 
     torchvision checks MD5 sums before it unpickles; one process downloads at a time. Raises UserError.
     """
-    from torchvision import datasets  # takes seconds, which few need
+    from torchvision import datasets  # takes seconds, and few runs need it
 
     (title, classes), kind = CIFAR[name], getattr(datasets, name.upper())
     try:
@@ -256,7 +256,7 @@ def count_images(data: str, folder: Path, parts: tuple[str, str] = ("train", "te
 @functools.cache
 def jpeg_decoder():
     """torchvision's decoder: PIL's pixels in less time. None where it is gone, being deprecated in 0.29."""
-    import torchvision  # takes seconds, which few need
+    import torchvision  # takes seconds, and few runs need it
 
     return getattr(torchvision.io, "decode_jpeg", None)
 

@@ -65,8 +65,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def expected_rate(init: str, bs: int) -> float:
     """The optimum to expect: in proportion to the batch size up to where Figure 2a saturates.
 
-    At B 64 that of Tables 2 and 3 at 16 layers. Without a scalar it is lower than the paper leads to expect,
-    for whom optimal rates are similar: 2^-4, the optimum at width 1 (results/README.md).
+    At B 64 it is that of Tables 2 and 3 at 16 layers. Without a scalar it is 2^-4, the optimum at width 1
+    (results/README.md), an eighth of batch norm's; in the paper optimal rates at small B are similar.
     """
     method = METHODS[init]
     if method.norm:
