@@ -6,7 +6,6 @@ rates that were not tried could change it.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -251,8 +250,9 @@ def recovers_most(section, *lines):
     """ZeroInit recovers most of what Batch Normalization improves (over half of the gap) for B ≤ 256."""
     found = []
     for z, none, bn in rows(*lines):
-        lead = z.score - (none.score + bn.score) / 2
-        found += [compare(bn, none), decide(lead, noise(z), z.open, none.open or bn.open)]
+        plain = none.score if none.best or not z.best else 0.0  # what does not train has no half
+        lead, error = z.score - (plain + bn.score) / 2, math.hypot(z.error, none.error / 2, bn.error / 2)
+        found += [compare(bn, none), decide(lead, error, z.open, none.open or bn.open)]
     return every(found)
 
 
@@ -458,11 +458,13 @@ def margin(first, second, least, most):
     return lead - least if most == math.inf else min(lead - least, most - lead)
 
 
-def numbers(claim, lines):
+def numbers(section, claim, lines):
     """The numbers behind a verdict: those of each line, or of the lead that is nearest to failing."""
     table = rows(*lines.values())
     if claim.leads and table:
-        one, two = min(table, key=lambda row: margin(*row, *claim.leads))
+        verdicts = [claim.test(section, *([result] for result in row)) for row in table]
+        deciding = [row for row, verdict in zip(table, verdicts, strict=True) if verdict is every(verdicts)]
+        one, two = min(deciding, key=lambda row: margin(*row, *claim.leads))
         which = "the smallest lead" if claim.leads[1] == math.inf else "the one nearest to a limit"
         among = f" ({which}, of {len(table)})" if len(table) > 1 else ""
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
@@ -475,9 +477,19 @@ def numbers(claim, lines):
     return "; ".join(texts)
 
 
-def command(section, name, xs=()):
-    """The sweep that makes the runs of a figure or table, with the flags of a section's protocol."""
-    target, config, words = TARGETS[name], section.config, []
+def sweep(claim, methods):
+    """The start of the command that makes the runs of a claim's methods: the figure's or table's own sweep.
+
+    Where that lacks one of them, it is Table 2's with these methods.
+    """
+    if set(methods) <= set(TARGETS[claim.target].methods):
+        return f"bash sweep.sh {claim.target}"
+    return f'INITS="{" ".join(method for method in methods if method != NO_L2)}" bash sweep.sh table2'
+
+
+def command(section, claim, methods, xs=()):
+    """The sweep that makes the runs of a claim's methods, with the flags of a section's protocol."""
+    target, config, words = TARGETS[claim.target], section.config, []
     if config.get("width") != target.width:
         words.append(f"--width {config['width']}")
     if not target.version and target.table and section.bs != 64:
@@ -496,21 +508,24 @@ def command(section, name, xs=()):
     words.append(f"--amp {'off' if precision == 'float32' else precision}")
     sizes = " ".join(map(str, sorted(xs)))
     grid = f'{"DEPTHS" if target.deep else "BATCHES"}="{sizes}" ' if xs else ""
-    return f"{grid}bash sweep.sh {name} {' '.join(words)}"
+    return f"{grid}{sweep(claim, methods)} {' '.join(words)}"
 
 
-def lacking(section, claim, lines):
+def lacking(section, claim, lines, tried):
     """What is missing to judge a claim, in words, and whether at the batch sizes or depths run so far."""
     deep, reach = TARGETS[claim.target].deep, claim.reach
     axis, reach = "depth" if deep else "batch size", reach if section.budget or deep else reach / 4
-    if absent := [name_of(method) for method, line in lines.items() if not line]:
+    if absent := [name_of(method) for method in claim.methods if not tried[method]]:
         return f"not run: {', '.join(absent)}", True
-    if (common := len(rows(*lines.values()))) < claim.least:
-        return f"all methods have {common} {axis}s in common, {claim.least} are needed", False
-    if min(line[-1].x for line in lines.values()) < reach:
-        return f"no {axis} of {reach:g} or more", False
-    if max(line[0].x for line in lines.values()) > claim.start:
-        return f"no {axis} of {claim.start:g} or less", False
+    if not all(lines.values()):
+        return "an optimal rate of each is needed", True
+    common = [row[0].x for row in rows(*lines.values())]
+    if len(common) < claim.least:
+        return f"all methods have {len(common)} {axis}s in common, {claim.least} are needed", False
+    if common[-1] < reach:
+        return f"no {axis} of {reach:g} or more that all methods have", False
+    if common[0] > claim.start:
+        return f"no {axis} of {claim.start:g} or less that all methods have", False
     bests = [result.best for line in lines.values() for result in line if result.best]
     few = any(len(best.kept) < claim.runs for best in bests)  # their deviation would say little
     return (f"{claim.runs} runs kept of each point are needed (five seeds)" if few else ""), True
@@ -524,22 +539,25 @@ def judge(section, claim):
         return None
     if claim.metric not in section.setup.metrics or section.config.get("version") != target.version:
         return None
-    found, lines, lost = section.lines(target, claim.metric) if section.shown(target) else {}, {}, []
-    for method in claim.methods:
-        inside = [result for result in found.get(method, ()) if claim.low <= result.x <= claim.high]
-        lines[method] = [result for result in inside if result.best or claim.worst]
-        dropped = [result for result in inside if result not in lines[method]]
-        lost += [f"{name_of(method)} trains at no rate at {places(claim, dropped)}"] if dropped else []
+    found = section.lines(target, claim.metric) if section.shown(target) else {}
+    found = {key: [r for r in line if claim.low <= r.x <= claim.high] for key, line in found.items()}
+    tried = {method: found.get(method, []) for method in claim.methods}
+    lines = {key: [result for result in line if result.best or claim.worst] for key, line in tried.items()}
     results = [result for line in lines.values() for result in line]
     runs = sorted({(result.best.runs, len(result.best.kept)) for result in results if result.best})
     seeds = " to ".join(dict.fromkeys(f"{best} of {n}" for n, best in runs[:1] + runs[-1:]))
-    ours = [numbers(claim, lines)] if all(lines.values()) else []
-    answer = Answer(claim, UNDECIDED, section, "; ".join(ours + lost), seeds)
-    reason, here = lacking(section, claim, lines)
-    sweep = functools.partial(command, section, claim.target)
+    ours = [numbers(section, claim, lines)] if all(lines.values()) else []
+    for method, line in tried.items():
+        if lost := [result for result in line if result not in lines[method]]:
+            ours.append(f"{name_of(method)} trains at no rate at {places(claim, lost)}")
+    answer = Answer(claim, UNDECIDED, section, "; ".join(ours), seeds)
+    reason, here = lacking(section, claim, lines, tried)
     if reason:
-        xs = {result.x for line in found.values() for result in line if claim.low <= result.x <= claim.high}
-        return replace(answer, reason=reason, command=sweep(xs if here and target.least > 1 else ()))
+        xs = {result.x for line in found.values() for result in line} if here and target.least > 1 else ()
+        needed = [method for method in claim.methods if not tried[method]] or claim.methods
+        nowhere = all(tried.values()) and not all(lines.values())  # all that a search would try was run
+        hopeless = nowhere and not any(result.open for line in tried.values() for result in line)
+        return replace(answer, reason=reason, command="" if hopeless else command(section, claim, needed, xs))
     verdict = claim.test(section, *lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
@@ -551,7 +569,8 @@ def judge(section, claim):
     reason = "more than one of them trains at no rate" if failed else "the range is too small"
     reason = "; ".join(f"{key}: {', '.join(found)}" for key, found in why.items()) or reason
     xs = {result.x for result in edges} if target.least > 1 else ()  # one batch size, or the paper's three
-    return replace(answer, reason=reason, command=sweep(xs))
+    needed = [method for method in claim.methods if any(result.open for result in lines[method])]
+    return replace(answer, reason=reason, command=command(section, claim, needed or claim.methods, xs))
 
 
 def judge_all(sections):
@@ -561,7 +580,7 @@ def judge_all(sections):
         answers = [answer for section in sections if (answer := judge(section, claim))]
         decided = [answer for answer in answers if answer.verdict is not UNDECIDED]
         partly = [answer for answer in answers if answer.ours]
-        nothing = Answer(claim, UNDECIDED, reason="not run", command=f"bash sweep.sh {claim.target}")
+        nothing = Answer(claim, UNDECIDED, reason="not run", command=sweep(claim, claim.methods))
         chosen = next(iter([*decided, *partly, *answers]), nothing)
         found.append(replace(chosen, elsewhere={answer.section: answer.verdict for answer in answers}))
     return found

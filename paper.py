@@ -207,7 +207,7 @@ class Result:
         rates, self.up, self.down = sorted(grid.runs), False, False
         if best := self.best:
             self.score, self.std = metric.sign * best.mean, best.std or 0.0
-            self.open = "an optimum is on the edge" if best.edge else ""
+            self.open = "an optimum is on the edge" if best.edge else far_neighbour(best.rate, rates)
             first, last = rates.index(best.tied[0]), rates.index(best.tied[-1])
             self.up, self.down = last == len(rates) - 1, first == 0
             below = 1 if self.down else math.log2(rates[first] / rates[first - 1])
@@ -215,14 +215,22 @@ class Result:
             self.low = math.log2(rates[first]) - max(0.0, below - 1) / 2  # the paper's are a factor 2 apart
             self.high = math.log2(rates[last]) + max(0.0, above - 1) / 2
             self.error = BEST_ONLY * self.std / math.sqrt(len(best.kept))  # of the mean
-            if best.std is None and metric is ACCURACY:  # one run: as the number of test images allows
-                self.error = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
-            elif best.std is None:
-                self.error = 0.01 * best.mean
+            if len(best.kept) < 4:  # their deviation may be small by chance: at least as of a single run,
+                single = 0.01 * best.mean  # of an accuracy as the number of test images allows
+                if metric is ACCURACY:
+                    single = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
+                self.error = max(self.error, single / math.sqrt(len(best.kept)))
         elif few_rates(grid, rates):
             self.open = "none of a few rates trains"
         if (reached := grid.reached(metric)) and reached.rival:
             self.open = "a rate with fewer seeds is better"
+
+
+def far_neighbour(rate, rates):
+    """A reason in words if the rates beside an optimum leave room for a better one: over a factor of 4."""
+    near = rates[max(0, rates.index(rate) - 1) : rates.index(rate) + 2]
+    far = any(after / before > 4 for before, after in itertools.pairwise(near))
+    return "the next rate beside an optimum is over a factor of 4 away" if far else ""
 
 
 def few_rates(grid, rates):
@@ -247,7 +255,8 @@ class Section:
         self.config, self.setup = self.grids[0].config, self.grids[0].setup
         places = {(grid.depth, grid.bs) for grid in grids}
         depths, sizes = Counter(depth for depth, _ in places), Counter(bs for _, bs in places)
-        self.depth = max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))  # of the figures
+        own = 16 if depths[16] > 1 else max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))
+        self.depth = own  # of the figures
         self.bs = max(sorted(sizes), key=lambda bs: (bs == 64, sizes[bs]))  # of Tables 1 to 3
         paper = self.setup.protocol
         ours = {key: self.config.get(key, value) for key, value in paper.items()}
@@ -269,9 +278,8 @@ class Section:
 
     def lines(self, target, metric):
         """{method: results in order} of a figure or table, for every method that was run."""
-        if self.config.get("version") != target.version or metric not in self.setup.metrics:
-            return {}
-        if not target.table and not self.has_figure(target):
+        about = self.config.get("version") == target.version and metric in self.setup.metrics
+        if not about or not (target.table or self.has_figure(target)):
             return {}
         lines = {}
         for grid in self.grids:

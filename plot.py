@@ -12,7 +12,9 @@ import io
 import itertools
 import math
 import re
+import shlex
 import sys
+import textwrap
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -69,7 +71,7 @@ class Mark:
     y: float | None = None  # None: it diverged; of optimal rates, no rate trains
     down: float = 0.0  # the lengths of its bar
     up: float = 0.0
-    edge: bool = False  # hollow: the optimum is on the edge of its grid
+    edge: bool = False  # hollow: more rates or seeds could be better
     best: bool = False  # with a ring: the optimum
 
 
@@ -130,7 +132,8 @@ def paper_lines(section, target, metric, rates, methods):
             light[method].append(Mark(depth if target.deep else bs, value))
     if target is TARGETS["fig2"] and metric is ACCURACY and section.beside(target) and section.same_rates:
         last = max(result.x for line in section.shown(target).values() for result in line)
-        light |= {method: [Mark(last, 2.0 ** SATURATION[method])] for method in SATURATION if method in light}
+        saturated = SATURATION if last >= 4096 else ()
+        light |= {method: [Mark(last, 2.0 ** SATURATION[method])] for method in saturated if method in light}
     return [Line(method, marks, paper=True) for method, marks in light.items() if marks]
 
 
@@ -343,7 +346,7 @@ def draw(folder, name, caption, rows, looks):
     columns, widest = math.lcm(*map(len, rows)), max(map(len, rows))
     width, height = {1: (5.4, 3.6), 2: (4.2, 3.3)}.get(widest, (3.1, 2.7))
     figure = Figure(figsize=(width * widest, height * len(rows)), layout="constrained")
-    figure.suptitle(caption, fontsize=8.5, color="#666666")
+    figure.suptitle(textwrap.fill(caption, round(17 * width * widest)), fontsize=8.5, color="#666666")
     places = figure.add_gridspec(len(rows), columns)
     panels = [panel for row in rows for panel in row if panel]
     methods = list(dict.fromkeys(line.method for panel in panels for line in panel.lines))
@@ -491,9 +494,9 @@ independently. A number is their mean ± one standard deviation at the rate with
 in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. A statement that
 more rates or seeds could overturn is undecided. Tied: the difference is below its standard error (of
 a single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
-deviations or tied rates; hollow: an edge, or a rate with fewer seeds is better; a ring: the optimum;
-crossed out, at the bad end: diverged, and optimal rates where none trains; grey: a part of an axis
-that is compressed."""
+deviations or tied rates; hollow: more rates or seeds could be better (an edge, the next rate over a
+factor of 4 away, a better rate with fewer seeds); a ring: the optimum; crossed out, at the bad end:
+diverged, and optimal rates where none trains; grey: a part of an axis that is compressed."""
 
 
 def tally(answers):
@@ -510,8 +513,8 @@ def where(answer, labels):
     return labels.get(answer.section, "–") + (f" ({text})" if text else "")
 
 
-def verdict_tables(answers, labels):
-    """Markdown: a table for each verdict, the one of undecided statements folded."""
+def verdict_tables(answers, labels, out):
+    """Markdown: a table for each verdict, the one of undecided statements folded; `out` ends its commands."""
     for verdict in (HOLDS, FAILS, TIED, UNDECIDED):
         header, rows = ["#", "Statement", "Place", "Ours", "Seeds", "Section"], []
         if verdict is UNDECIDED:
@@ -519,7 +522,11 @@ def verdict_tables(answers, labels):
         for n, answer in ((n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict):
             told = [answer.ours, answer.seeds or "–", where(answer, labels)]
             if verdict is UNDECIDED:
-                told = [answer.reason, answer.ours or "–", f"`{answer.command}`"]
+                told = [
+                    answer.reason,
+                    answer.ours or "–",
+                    f"`{answer.command}{out}`" if answer.command else "–",
+                ]
             rows.append([n, answer.claim.statement, answer.claim.place, *told])
         title, table = f"{verdict.value.capitalize()} ({len(rows)})", markdown(header, rows)
         if rows:
@@ -558,7 +565,7 @@ def small_multiples(section, draws, metric, without=()):
 
 def section_parts(section, looks, home, curves):
     """Yield (name, Markdown) of a section's pictures and tables; each grid is in one table only."""
-    folder, seen = home / re.sub(r"[^a-z0-9.^-]+", "-", section.title.lower()).strip("-"), set()
+    folder, seen = home / re.sub(r"[^\w.^-]+", "-", section.title.lower()).strip("-"), set()
     deep = {(grid.depth, grid.bs) for grid in section.grids if grid.bs == section.bs}
     deep = deep if len(deep) > 1 and LOSS in section.setup.metrics else set()
     if deep:
@@ -608,7 +615,8 @@ def report(folder, sections, problems, curves):
     line = tally(answers)
     head = f"**{line.capitalize()}.** Sections, nearest to the paper first:\n\n{names}"
     head = ["# How much of the paper holds", head, *(top[name] for name in sorted(top))]
-    text = "\n\n".join([*head, *verdict_tables(answers, labels), NOTE, *parts]) + "\n"
+    out = "" if folder == Path("results") else f" --out {shlex.quote(str(folder))}"
+    text = "\n\n".join([*head, *verdict_tables(answers, labels, out), NOTE, *parts]) + "\n"
     home.mkdir(parents=True, exist_ok=True)
     with atomic_write(home / "REPORT.md") as file:
         file.write(text.encode(errors="backslashreplace"))
@@ -625,7 +633,8 @@ def write_csv(path, records):
     writer.writerow(["file", "status", *keys, *names])
     for record in records:
         start = [record["file"], record["status"], *(record["config"].get(key) for key in keys)]
-        writer.writerows([*start, *(entry.get(key) for key in measured)] for entry in record["history"])
+        entries = record["history"] or [{}]  # it diverged in the first epoch
+        writer.writerows([*start, *(entry.get(key) for key in measured)] for entry in entries)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="backslashreplace"))
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,22 @@ def test_figures_1_and_3_need_runs_of_their_own():
     small = wide(["bn"], (4, 16)) | wide([WHOLE], (256,)) | wide(["zeroinit"], (4, 16, 256))
     assert [name for name in FIGURES if shown(small, name)] == ["fig3", "fig4"]
     assert not shown(wide(["bn", "zeroinit"], (64,)), "fig1")  # a single batch size
+
+
+def test_the_papers_saturation_is_shown_where_rates_saturate():
+    for largest in (128, 4096):
+        (section,) = sections(wide(["bn", "none", "zeroinit"], (16, largest)))
+        panel = plot.figure_panel(section, TARGETS["fig2"], ACCURACY, rates=True)
+        marks = {line.method: [(m.x, m.y) for m in line.marks] for line in panel.lines if line.paper}
+        here = {"bn": [(4096, 16.0)], "none": [(4096, 0.125)], "zeroinit": [(4096, 2.0)]}
+        assert marks == (here if largest == 4096 else {})
+
+
+def test_each_section_has_pictures_of_its_own(tmp_path):
+    records = [run for name in ("кошки", "собаки") for run in draw(0, wide(["bn"], (16, 64)), data=name)]
+    path, _ = plot.report(tmp_path, paper.make_sections(records), {}, curves=False)
+    pictures = re.findall(r"\]\((\S+\.png)\)", path.read_text())
+    assert len(pictures) == len(set(pictures)) >= 4 and all((path.parent / it).exists() for it in pictures)
 
 
 def test_other_methods_appear_with_two_points():
@@ -357,9 +374,9 @@ def test_report_tells_the_numbers_behind_each_verdict(results):
     (row,) = [row for row in statements if row[1].startswith("ZeroInit trains very deep networks")]
     assert "ZeroInit" in row[3] and "(16, 100 layers)" in row[3] and row[5].startswith("S3")  # of shapes
     (row,) = [row for row in statements if row[1].startswith("Fixup is comparable")]
-    assert row[3] == "not run" and "`bash sweep.sh table4`" in row[5]
+    assert row[3] == "not run" and f"`bash sweep.sh table4 --out {results[0]}`" in row[5]
     (row,) = [row for row in statements if row[1].startswith("The scalar multiplier alone achieves")]
-    assert row[3] == "not run: + dropout" and "`bash sweep.sh table1 --epochs 2 --amp off`" in row[5]
+    assert row[3] == "not run: + dropout" and "`bash sweep.sh table1 --epochs 2 --amp off --out " in row[5]
 
 
 def test_report_tables(results):
@@ -455,7 +472,9 @@ def test_a_table_as_text(results, capsys, monkeypatch, name, lines):
 
 def test_csv_has_a_row_for_each_run_and_epoch(tmp_path, monkeypatch, capsys):
     runs = small_set()
-    write(tmp_path / "results", runs)
+    paths = write(tmp_path / "results", runs)
+    at_once = paths[[run["status"] for run in runs].index("diverged")]  # in its first epoch
+    at_once.write_text(json.dumps(json.loads(at_once.read_text()) | {"history": []}))
     monkeypatch.setattr(
         sys, "argv", ["plot.py", str(tmp_path / "results"), "--csv", str(tmp_path / "runs.csv")]
     )
@@ -469,7 +488,9 @@ def test_csv_has_a_row_for_each_run_and_epoch(tmp_path, monkeypatch, capsys):
     assert sorted(float(row["test_accuracy"]) for row in last) == sorted(
         run["final"]["test_accuracy"] for run in runs if run["status"] == "done"
     )
-    assert {row["status"] for row in rows} == {"done", "diverged"} and rows[0]["epoch_lr"] == rows[0]["lr"]
+    assert [row["status"] for row in rows if not row["epoch"]] == ["diverged"]
+    done = next(row for row in rows if row["status"] == "done")
+    assert done["epoch_lr"] == done["lr"]
     assert not (tmp_path / "results" / "report").exists()
 
 
