@@ -21,7 +21,6 @@ import contextlib
 import functools
 import itertools
 import math
-import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from records import UserError
 class Method:
     """What one row of the paper's tables adds to the plain residual network."""
 
-    norm: bool = False  # ghost batch norm before each activation (sections 2 and 3)
+    norm: str = ""  # "batch": ghost batch norm before each activation (sections 2 and 3)
     scalar: bool = False  # ZeroInit 1: a scalar multiplier ends each residual branch and starts at `alpha`
     biases: bool = False  # ZeroInit 2: a bias on each convolution and on the classifier
     dropout: bool = False  # ZeroInit 3: dropout on the classifier's input
@@ -55,11 +54,11 @@ class Method:
     @property
     def classifier_bias(self) -> bool:
         """The classifier has a bias except where biases are what a row of Table 1 leaves out."""
-        return self.norm or self.biases or self.fixup
+        return bool(self.norm) or self.biases or self.fixup
 
 
 METHODS = {
-    "bn": Method(norm=True),
+    "bn": Method(norm="batch"),
     "none": Method(),
     "biases": Method(biases=True),
     "dropout": Method(dropout=True),
@@ -128,9 +127,10 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
         r (1-m)^S + sum over i of m (1-m)^(S-1-i) new_i
         """
+        # no matrix product, which autocast would make in bf16
         steps = torch.arange(len(new) - 1, -1, -1, device=new.device, dtype=new.dtype)
         weights = self.momentum * (1 - self.momentum) ** steps
-        running.mul_((1 - self.momentum) ** len(new)).add_(weights @ new)
+        running.mul_((1 - self.momentum) ** len(new)).add_((weights[:, None] * new).sum(0))
 
 
 @functools.cache
@@ -175,7 +175,7 @@ def conv(method: Method, inputs: int, outputs: int, size: int, stride: int = 1) 
 
 def norm(method: Method, channels: int, ghost: int) -> nn.Module:
     """The normalization of a method: batch norm, or nothing."""
-    return GhostBatchNorm2d(channels, ghost) if method.norm else nn.Identity()
+    return GhostBatchNorm2d(channels, ghost) if method.norm == "batch" else nn.Identity()
 
 
 def before_activation(method: Method, channels: int, ghost: int) -> nn.Module:
@@ -541,7 +541,7 @@ def share_ghost_batches(norms: list[GhostBatchNorm2d], division: Division, world
         norm.momentum = 1 - (1 - norm.momentum) ** (world // division.ranks_per_ghost)
 
 
-stop_asked = threading.Event()  # set by signals, see runner.signals_ask_to_stop
+stop_asked = []  # not empty once a signal came, see runner.signals_ask_to_stop
 
 
 class Run:
@@ -611,7 +611,7 @@ class Run:
                 tally[0] += loss.detach()
                 tally[1] += (logits.detach().argmax(1) == labels).sum()
         if self.world > 1:
-            tally[2] += stop_asked.is_set()
+            tally[2] += bool(stop_asked)
             combine_ranks([tally], self.statistics)
         self.totals += tally
         self.scaler.step(self.optimizer)
@@ -687,7 +687,7 @@ class Run:
         loss, _, stops = seen.tolist()
         self.loss = loss / images if images else None
         self.diverged = not math.isfinite(loss)
-        self.stopped = stops > 0 if self.world > 1 else stop_asked.is_set()
+        self.stopped = stops > 0 if self.world > 1 else bool(stop_asked)
 
     def capture(self, record=cuda_graph):
         """Make a burst and a single update CUDA graphs in one memory pool; the run stays where it is."""

@@ -74,7 +74,7 @@ def speed_of(record: dict, config: dict, flags, bs: float) -> float | None:
     method = METHODS[config["init"]]
     like = "bn" if method.norm else "fixup" if method.fixup else "none"
     like = "zeroinit" if method.scalar or method.biases else like
-    whole = config["model"] == "wrn" and method.norm and config["ghost"] == config["bs"]
+    whole = config["model"] == "wrn" and config["ghost"] == config["bs"]
     engines = ["eager"] if flags.eager else ["eager", "captured", "concurrent"]
     engines = ["compiled"] if flags.compile else engines
     best = {}

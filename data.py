@@ -92,7 +92,7 @@ class Images:
 
     def test_batches(self, rank: int = 0, world: int = 1, bs: int = 500):
         """A rank's part of the test images, neither cropped nor flipped."""
-        images, labels = (part[rank::world].to(self.device) for part in self.test)
+        images, labels = (part[rank::world] for part in self.test)
         yield from zip(map(self.standardize, images.split(bs)), labels.split(bs), strict=True)
 
     def standardize(self, images):
@@ -424,12 +424,12 @@ class ImageNet:
                 problem = str(error).partition("\n")[0]
                 if not problem.startswith("DataLoader"):
                     raise
-            if stop_asked.is_set() or "timed out" not in problem:
+            if stop_asked or "timed out" not in problem:
                 break
         else:
             problem = f"nothing for {PATIENCE} seconds"
         STUCK.append(answers)
-        if stop_asked.is_set():
+        if stop_asked:
             raise KeyboardInterrupt
         hint = "can the disk be read, and is the memory enough for so many processes?"
         raise UserError(f"--workers {self.workers}: no images came from them ({problem}): {hint}")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import records
 from common import METHODS, divide_batch, epoch_end, learning_rate, pick_precision, rank_group
 from ranks import rank_variable
-from records import UserError, check_same, find_record, flush, plural, power, run_name, slug
+from records import OwnError, UserError, check_same, find_record, flush, plural, power, run_name, slug
 
 
 def say(text: str):
@@ -118,7 +118,7 @@ def add_shared_flags(parser: Parser, **defaults):
         "--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of --epochs"
     )
     add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
-    add("--fresh", action="store_true", help="start interrupted runs from the beginning")
+    add("--fresh", action="store_true", help="discard checkpoints: start interrupted runs from the beginning")
     add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
     add("--eval-only", action="store_true", help="print the accuracy of saved weights or checkpoints")
     add("--device", help="cpu, cuda, cuda:1 ... [a GPU if there is one]")
@@ -148,7 +148,7 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
     except UserError as error:
         parser.error(f"argument --data-name: {error}")
     world = rank_variable("WORLD_SIZE", 1)
-    divide_batch(args.bs, args.ghost if method.norm else None, world, args.micro, "cpu")
+    divide_batch(args.bs, args.ghost if method.norm == "batch" else None, world, args.micro, "cpu")
     args.precision = pick_precision(args.amp, find_device(args.device))
 
 
@@ -158,7 +158,7 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
 def find_device(name: str | None) -> torch.device:
     """The named device, or a GPU if there is one; without a number ("cuda", or None) torchrun's rank's own.
 
-    It does not touch the GPU, which may allow one process only. Raises UserError if there is no such device.
+    It does not touch the GPU, which may allow one process only. Raises OwnError if there is no such device.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else 16 streams of runs share 8 queues
     own = f"cuda:{rank_variable('LOCAL_RANK')}"
@@ -170,7 +170,7 @@ def find_device(name: str | None) -> torch.device:
         if device.type == "cuda" and device.index >= torch.cuda.device_count():
             torch.zeros(1, device=device)  # PyTorch says why
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise OwnError(f"--device {name or default}: {str(error).splitlines()[0]}") from None
     return device
 
 
@@ -191,7 +191,7 @@ def pick_device(name: str | None) -> torch.device:
         try:
             torch.zeros(1, device=device)
         except RuntimeError as error:
-            raise UserError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
+            raise OwnError(f"{device} cannot be used: {str(error).splitlines()[0]}") from None
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in convolutions
@@ -281,11 +281,11 @@ def make_point(
     defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
     defaults["dampening"] = args.momentum
     defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
-    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm else None
+    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm == "batch" else None
     defaults["dropout"] *= method.dropout
     flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
     shared = {"data": args.data_name} | net | flags
-    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm else None
+    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm == "batch" else None
     for key in ("dropout", "alpha", "dampening"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
     shared["dampening"] *= args.momentum > 0  # without momentum PyTorch does not dampen
@@ -326,7 +326,12 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
     for _ in range(20):  # is_running() holds a lock for a moment
         path.parent.mkdir(parents=True, exist_ok=True)  # a command that failed may have removed it
         is_new = not name.exists()
-        file = open(name, "a")  # noqa: SIM115
+        try:
+            file = open(name, "a")  # noqa: SIM115
+        except PermissionError:  # another user's
+            if is_new:
+                raise
+            file = open(name)  # noqa: SIM115
         try:
             flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:  # not one that was removed just now

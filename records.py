@@ -31,6 +31,10 @@ class UserError(Exception):
     """Something that only the user can mend, in one line."""
 
 
+class OwnError(UserError):
+    """What only this rank has seen; other errors are those of all ranks, and one per machine says so."""
+
+
 def flush(file):
     """Write out what was printed; what a terminal or a pipe that is no more would have shown is lost."""
     try:

@@ -62,14 +62,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error(f"argument --init: {args.init} is for --arch v1, whose blocks end with a ReLU")
     args.stride_on = args.stride_on or STRIDE_ON[args.arch]
     if args.data_name is None:
-        args.data_name = "shapes" if args.data == "shapes" else args.data_dir.resolve().name
+        own_name = os.path.basename(os.path.realpath(args.data_dir))
+        args.data_name = "shapes" if args.data == "shapes" else own_name
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         per_rank = cores // rank_variable("LOCAL_WORLD_SIZE", 1)
         args.workers = min(32, max(1, per_rank)) if args.data == "folder" else 0  # 32 keep up with any GPU
     points.check_shared_flags(parser, args)
     last_size = math.ceil(args.image_size / 32) ** 2  # pixels that the last blocks see
-    if METHODS[args.init].norm and min(args.ghost or args.bs, args.bs) * last_size < 2:
+    if METHODS[args.init].norm == "batch" and min(args.ghost or args.bs, args.bs) * last_size < 2:
         parser.error("argument --bs: batch norm needs more than one image of this --image-size")
     return args
 

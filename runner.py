@@ -40,20 +40,13 @@ from points import (
     take_lock,
 )
 from ranks import rank_variable
-from records import UserError, atomic_write, check_same, find_record, flush, plural
+from records import OwnError, UserError, atomic_write, check_same, find_record, flush, plural
 
 # -------------------------------------------------------------------------------- exit codes and signals
 
 FULL_DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP
-
-
-class Interrupted(Exception):
-    """A signal asked for the end, and what was trained so far is saved."""
-
-
-class OwnError(UserError):
-    """What only this rank has seen; other errors are those of all ranks, and one per machine says so."""
+FAILING_DISK = errno.EIO, errno.ESTALE
 
 
 class Elsewhere(Exception):
@@ -87,11 +80,14 @@ def exit_code(main) -> int:
         if error.errno in WRONG_PATH:
             complain(where)
             return 2
-        if error.errno not in FULL_DISK:
+        if error.errno not in (*FULL_DISK, *FAILING_DISK):
             raise
-        complain(f"{where}; free some space and run again")
+        complain(f"{where}; {'free some space and ' if error.errno in FULL_DISK else ''}run again")
         return 1
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            complain("not enough memory: try --micro, or fewer --concurrent")
+            return 1
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         complain(f"torch.compile: {' '.join(str(error).split())[:200]}")
@@ -99,8 +95,8 @@ def exit_code(main) -> int:
     except MemoryError as error:
         complain(f"not enough memory: {error}")
         return 1
-    except (KeyboardInterrupt, Interrupted):
-        say("interrupted: the same command goes on from here")
+    except KeyboardInterrupt as hint:
+        say(f"interrupted: the same command{hint} goes on from here")
         code = 75
     except Elsewhere as error:
         say(str(error))
@@ -120,7 +116,7 @@ def signals_ask_to_stop(at_once: bool = False):
     """
 
     def stop(*_):
-        stop_asked.set()
+        stop_asked.append(True)
         if at_once:
             raise KeyboardInterrupt
 
@@ -185,16 +181,19 @@ def commit() -> str | None:
 def load_tensors(path: Path) -> dict:
     """What torch.save wrote to a file, on the CPU. Raises ValueError for a damaged file, in one line.
 
-    torch.load itself accepts flipped bits; the checksums of its zip format find them.
+    torch.load itself accepts flipped bits; the checksums of its zip format find them. A file that cannot be
+    read, which may be whole, is an OSError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"the checksum of {bad} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except MemoryError:
         raise
     except Exception as error:  # a damaged file can be wrong in any way
+        if getattr(error, "errno", None) in (errno.ENOENT, *WRONG_PATH, *FAILING_DISK):
+            raise
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 
@@ -258,7 +257,7 @@ def clean_up(path: Path):
 
 
 def remove_checkpoint(path: Path):
-    """The run is over, or begins again."""
+    """The run is over, or begins again: its checkpoints are of no more use."""
     for name in checkpoint_files(path):
         if name.exists():  # unlink() fails on a disk that is read-only, also where there is nothing
             name.unlink(missing_ok=True)
@@ -310,7 +309,7 @@ def train_point(script, point: Point, args):
     """Make every run that the point still asks for; the images are loaded only if there is one.
 
     Raises UserError where a record holds another configuration or other images than it would be
-    given now, Interrupted after a signal, and Elsewhere if other processes make what is left.
+    given now, KeyboardInterrupt after a signal, and Elsewhere if other processes make what is left.
     """
     device = pick_device(args.device)
     plan = agreed(point.plan())
@@ -396,7 +395,7 @@ def train_side_by_side(point: Point, limit: int, start, args, data):
                 saved = time.monotonic()
             if stop:
                 agreed(None)  # torchrun ends the others soon after the first that leaves: all must be saved
-                raise Interrupted
+                raise KeyboardInterrupt(", without --fresh," if args.fresh else "")
     finally:
         display.bar.close()
         for job in jobs.values():
@@ -419,7 +418,7 @@ def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int
         try:
             key, job = start_next(point, jobs, start, args)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or ranks()[1] > 1:  # the other ranks may have room
                 raise
             if not jobs:
                 raise UserError("one run does not fit into the device's memory: try --micro") from None
@@ -454,11 +453,15 @@ def start_next(point: Point, jobs: dict, start, args):
         return None, None
     with lock:
         run, path = start(point.config(key)), point.path(key)
+        if args.fresh and run.rank == 0:
+            remove_checkpoint(path)
         with on_stream(run):
             state = None if args.fresh else read_checkpoint(path, run.identity())
             if state:
                 load_state(checkpoint_files(path)[0], run, state)
                 say(f"{point.title(key)} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
+            if agreed(run.updates) != run.updates:
+                raise OwnError(f"{path}: the ranks have other checkpoints: give all of them the same --out")
             if run.stream and run.world == 1 and run.data.on_device and not args.eager:
                 run.capture()
         every = args.eval_every or math.ceil(run.config["epochs"] / 20)
@@ -466,8 +469,8 @@ def start_next(point: Point, jobs: dict, start, args):
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes of a GPU's memory that nothing uses; infinite on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    """Bytes of a GPU's memory that nothing uses; infinite on a CPU, and for ranks, which must not differ."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" and ranks()[1] == 1 else math.inf
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -529,8 +532,12 @@ def outcome(run: Run, concurrent: int) -> dict:
 
 
 def print_accuracy(script, point: Point, args):
-    """Print the test accuracy of saved weights or checkpoints. Raises UserError where there is neither."""
+    """Print the test accuracy of saved weights or checkpoints, but of runs that diverged.
+
+    Raises UserError where there is neither.
+    """
     device, asked = pick_device(args.device), point.plan().asked
+    asked = [key for key in asked if point.found.get(key, {}).get("status") != "diverged"]
     for path in map(point.path, asked):
         if not any(each.exists() for each in (weights_file(path), *checkpoint_files(path))):
             raise UserError(
@@ -546,7 +553,7 @@ def print_accuracy(script, point: Point, args):
         else:
             raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
         shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
-        say(f"{point.title(key)}: {shares}")
+        say(f"{point.title(key)}: {shares}" + (f" after {run.updates} updates" if run.updates else ""))
 
 
 # ---------------------------------------------------------------------------------------------- a script

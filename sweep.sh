@@ -96,9 +96,9 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $end
 }
 submit() { # the workers as a job array
-    eval "flags=($slurm)"
-    sbatch --requeue --signal=B:USR1@300 --open-mode append "${flags[@]}" --job-name $target --array 1-$jobs \
-        --chdir "$PWD" --output "${out//%/%%}/logs/slurm-%A_%a.out" \
+    state=$(lines $target | python "$here/wrn_cifar.py" --status) || [ $? != 2 ] || fail "${state##*$'\n'}"
+    eval "flags=($slurm)" && sbatch --requeue --signal=B:USR1@300 --open-mode append "${flags[@]}" \
+        --job-name $target --array 1-$jobs --chdir "$PWD" --output "${out//%/%%}/logs/slurm-%A_%a.out" \
         --wrap "exec bash $(quote "$here/sweep.sh") $target --task$appended"
 }
 task() { # one of them; it comes back after Slurm's signal before the time limit, but not after scancel's TERM

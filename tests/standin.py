@@ -75,6 +75,9 @@ def main(script, words):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     if script != "wrn_cifar.py" and script != "resnet_imagenet.py":
         print(script, *words)
+    elif "--status" in words:
+        bad = any("--widht" in line for line in sys.stdin)
+        sys.exit((print("header\ntarget  unrecognized arguments: --widht"), 2)[1] if bad else 0)
     elif "--watch" in words:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         watch([runs(shlex.split(line, comments=True)) for line in sys.stdin], words[1:])

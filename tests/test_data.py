@@ -945,7 +945,7 @@ STOPPED = """
 import signal, sys, time
 import numpy as np, torch
 import common, data
-signal.signal(signal.SIGTERM, lambda *_: common.stop_asked.set())
+signal.signal(signal.SIGTERM, lambda *_: common.stop_asked.append(1))
 data.decode = lambda path: time.sleep(600)
 data.POLL = 0.5
 sources, labels = np.array([b"absent.jpeg"] * 8), np.arange(8)
@@ -975,7 +975,7 @@ def test_a_signal_is_obeyed_while_waiting():
 
 def test_a_request_to_stop_does_not_lose_images_that_come(tmp_path):
     images = open_folder(make_folder(tmp_path), workers=1)
-    common.stop_asked.set()
+    common.stop_asked.append(1)
     try:
         assert len(list(images.feed([*images.draw(0, 0).split(2)]))) == 3
     finally:

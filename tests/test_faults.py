@@ -136,8 +136,17 @@ def test_a_terminal_that_is_closed_stops_a_run_as_other_signals_do(tmp_path):
 
 
 def test_fresh_begins_again(tmp_path, monkeypatch, capsys):
-    stopped(tmp_path, monkeypatch, 7)
-    assert script("--out", tmp_path, "--fresh") == 0
+    path = stopped(tmp_path, monkeypatch, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            common.Run, "advance", before("advance", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        )
+        patch.setattr(runner, "save", lambda jobs: None)  # killed before it saved anything
+        capsys.readouterr()
+        assert script("--out", tmp_path, "--fresh") == 75
+    assert "the same command, without --fresh, goes on from here" in capsys.readouterr().out
+    assert not path.exists()
+    assert script("--out", tmp_path) == 0
     assert "goes on from epoch" not in capsys.readouterr().out and results(tmp_path) == undisturbed()
 
 
@@ -246,6 +255,72 @@ def test_a_flipped_bit_anywhere_is_found_or_changes_no_tensor(tmp_path):
             assert loaded | {"tensors": 0} == state | {"tensors": 0}
             outcomes["the same"] += 1
     assert min(outcomes.values()) > 20  # padding between the parts has no checksum
+
+
+@pytest.mark.parametrize(
+    "number, code", [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2), (errno.ENOMEM, 1)]
+)
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    number, code, tmp_path, monkeypatch, capsys
+):
+    path = stopped(tmp_path, monkeypatch, 7)
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+
+        def fail(name):
+            raise MemoryError if number == errno.ENOMEM else OSError(number, os.strerror(number), str(name))
+
+        patch.setattr(runner.zipfile, "ZipFile", fail)
+        capsys.readouterr()
+        assert script("--out", tmp_path) == code
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("error: ") and "not used" not in said.out
+    assert path.read_bytes() == whole
+    assert script("--out", tmp_path) == 0 and results(tmp_path) == undisturbed()
+
+
+def test_ranks_with_other_checkpoints_do_not_train_together(tmp_path, monkeypatch, capsys):
+    stopped(tmp_path, monkeypatch, 7)
+    first_ranks = lambda value: 0 if isinstance(value, int) else value  # noqa: E731  # it has no checkpoint
+    monkeypatch.setattr(runner, "agreed", first_ranks)
+    assert script("--out", tmp_path) == 2
+    assert "the ranks have other checkpoints" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def fail(run):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(common.Run, "advance", before("advance", fail))
+    assert script("--out", tmp_path) == 1
+    assert capsys.readouterr().err == "error: not enough memory: try --micro, or fewer --concurrent\n"
+
+
+def test_another_users_lock(tmp_path, monkeypatch):
+    """A file that cannot be written to can be locked: what a process left that was killed is no obstacle."""
+
+    def own_files_only(name, mode="r"):
+        if mode == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
+        return open(name, mode)
+
+    path = tmp_path / "shapes" / f"{NAME}.json"
+    held = take_lock(path)
+    monkeypatch.setattr(points, "open", own_files_only, raising=False)
+    assert take_lock(path) is None and is_running(path)
+    held.close()
+    path.with_suffix(".lock").touch()  # left by a process that was killed
+    with take_lock(path):
+        assert is_running(path)
+    assert not path.with_suffix(".lock").exists()
+
+
+def test_a_rank_without_a_device_says_so(tmp_path):
+    """The second of two ranks, on a machine with fewer GPUs."""
+    command = [sys.executable, HERE / "wrn_cifar.py", *FLAGS.split(), "--device", "cuda:7", "--out", tmp_path]
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    done = subprocess.run(command, env=os.environ | ranks, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: --device cuda:7: ")
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):

@@ -224,6 +224,19 @@ def test_the_spelled_out_form_of_ghost_batch_norm(images, ghost):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
 
 
+def test_running_statistics_are_as_exact_under_autocast():
+    """Those of 30 updates in bf16, of the spelled-out form: F.batch_norm keeps them in float32."""
+    found = []
+    for form in ("forward", "spell_out"):
+        norm, draw = GhostBatchNorm2d(3, 8), torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(30):
+                getattr(norm, form)((400 * torch.randn(64, 3, 4, 4, generator=draw) + 100).bfloat16())
+        found.append((norm.running_mean, norm.running_var))
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5])
 @pytest.mark.parametrize("chunks", [1, 2, 7])
 def test_closed_running_statistics_are_those_of_sequential_passes(chunks, momentum):

@@ -48,6 +48,13 @@ def test_an_error_of_sbatch_is_one_of_the_sweep(sandbox, tmp_path):
     assert done.returncode == 1 and done.stderr == "no such partition\n"
 
 
+def test_a_flag_that_no_script_has_is_not_submitted(sandbox, tmp_path):
+    path = fake(tmp_path / "bin", "sbatch", 'touch "$0.called"')
+    done = sweep("table1", "--slurm", "", "--widht", 1, folder=sandbox, **path)
+    assert done.returncode == 2 and done.stderr == "error: target  unrecognized arguments: --widht\n"
+    assert not (tmp_path / "bin" / "sbatch.called").exists()
+
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 CONFIGURATION = """\
 ClusterName=test

@@ -15,6 +15,7 @@ import scripts
 import torch
 from scripts import all_records, computed, make_folder, results
 
+import common
 import data
 import resnet_imagenet
 import runner
@@ -404,6 +405,20 @@ def test_eval_only_prints_the_accuracy_of_weights_and_of_checkpoints(trained, tm
     assert not (tmp_path / "none").exists()
 
 
+def test_eval_only_beside_a_run_that_diverged_and_of_one_that_goes_on(tmp_path, capsys, monkeypatch):
+    flags = f"{QUICK} --train-size 64 --bs 16 --epochs 2 --save-weights --out {tmp_path} --lr 2^-4"
+    assert script("2^30", flags=flags) == 0
+    capsys.readouterr()
+    assert script("2^30", "--eval-only", flags=flags) == 0
+    assert capsys.readouterr().out.count("\n") == 1  # of the run that did not
+    real = common.Run.begin_epoch
+    monkeypatch.setattr(common.Run, "begin_epoch", lambda run: (common.stop_asked.append(1), real(run))[1])
+    assert script("--seed", "1", flags=flags) == 75
+    capsys.readouterr()
+    assert script("--seed", "1", "--eval-only", flags=flags) == 0
+    assert capsys.readouterr().out.endswith(" after 1 updates\n")
+
+
 def test_weights_that_do_not_fit_are_one_line(trained, tmp_path, capsys):
     _, flags, out = trained
     (path,) = out.glob("*/*.pt")
@@ -446,12 +461,11 @@ def test_save_weights_on_a_run_that_is_done_says_what_would_help(tmp_path, capsy
 # ------------------------------------------------------------------------------------------- a new method
 
 
-def test_another_norm_is_a_field_a_row_and_a_line(tmp_path):
+def test_another_norm_is_a_row_and_a_line(tmp_path):
     """Group norm, by exactly the lines in README.md."""
     codes = re.findall(r"`([^`]+)`", README[README.index("- **A method**") :])
-    field, row, line = (code for code in codes if "group_norm" in code)
+    row, line = (code for code in codes if '"group"' in code)
     places = {
-        "    fixup: bool = False  # ": f"    {field}\n",
         '    "none": Method(),\n': f"    {row},\n",
         "    return GhostBatchNorm2d(channels, ghost) if": f"    {line}\n",
     }
@@ -462,13 +476,14 @@ def test_another_norm_is_a_field_a_row_and_a_line(tmp_path):
         assert text.count(place) == 1
         text = text.replace(place, new + place)
     (tmp_path / "common.py").write_text(text)
-    command = [sys.executable, "wrn_cifar.py", *f"{QUICK} --bs 512 --train-size 1024 --epochs 1".split()]
+    command = [sys.executable, "wrn_cifar.py", *f"{QUICK} --bs 500 --train-size 1000 --epochs 1".split()]
     command += ["--init", "gn", "--lr", "2^-2", "--out", "results"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     affine = 2 * (16 + 16 + 16 + 32 + 32 + 64 + 64)  # two for each channel of each norm
     assert f"wrn10-1 gn, {77_370 + affine:,} parameters, 10 classes" in done.stdout
-    assert list(all_records(tmp_path / "results")) == ["wrn10-1_gn_bs512_lr2^-2_ep1_trainsize1024_s00"]
+    name = "wrn10-1_gn_bs500_lr2^-2_ep1_trainsize1000_s00"  # 500 is no multiple of 64: no ghost batches
+    assert list(all_records(tmp_path / "results")) == [name]
 
 
 # ------------------------------------------------------------------------------------------ command line
