@@ -1,6 +1,6 @@
 """What command lines of the paper's experiments cost on this machine, by the records of speed.py.
 
-    bash sweep.sh table1 --dry-run | python speed.py --cost
+    bash sweep.sh table1 --cost
 
 A line's target is its comment: `python wrn_cifar.py --init bn --seeds 15 --search best # table1`.
 """
@@ -138,7 +138,7 @@ def cost(folder: Path):
         runs = [plan({}, point.rates, point.seeds, point.metrics, search).planned for search in searches]
         targets.setdefault(target or "these", {})[point.path((1.0, 0))] = *runs, hours
     if not any(notes.values()):
-        raise UserError("; ".join(notes).replace("?: ", "") or "no command lines on stdin")
+        raise UserError("; ".join(notes).replace("?: ", ""))
     if len(targets) > 1:
         targets["all"] = {path: its for target in targets.values() for path, its in target.items()}
     print_costs(targets)

@@ -3,7 +3,7 @@
     python speed.py                         # Wide-ResNet 16-4: table, record, picture (a CPU takes long)
     python speed.py --short                 # under four minutes on a GPU
     python speed.py --model resnet50-v2     # for Tables 4 and 5
-    bash sweep.sh table1 --dry-run | python speed.py --cost     # runs and hours of command lines
+    bash sweep.sh table1 --cost              # runs and hours of a table
 
 All that is compared runs in turn in one process: each figure is the median of the rounds, with the lowest and
 the highest. The images are generated; their content does not matter to the time.
