@@ -193,7 +193,7 @@ def load_tensors(path: Path) -> dict:
         raise
     except Exception as error:  # a damaged file can be wrong in any way
         if getattr(error, "errno", None) in (errno.ENOENT, *WRONG_PATH, *FAILING_DISK):
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
 
 

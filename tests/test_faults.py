@@ -268,13 +268,14 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
     with monkeypatch.context() as patch:
 
         def fail(name):
-            raise MemoryError if number == errno.ENOMEM else OSError(number, os.strerror(number), str(name))
+            raise MemoryError if number == errno.ENOMEM else OSError(number, os.strerror(number))
 
         patch.setattr(runner.zipfile, "ZipFile", fail)
         capsys.readouterr()
         assert script("--out", tmp_path) == code
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and said.err.startswith("error: ") and "not used" not in said.out
+    assert str(path) in said.err or number == errno.ENOMEM
     assert path.read_bytes() == whole
     assert script("--out", tmp_path) == 0 and results(tmp_path) == undisturbed()
 
@@ -470,11 +471,19 @@ def test_a_compiler_that_is_not_there_is_one_line(capsys, monkeypatch):
     assert error.startswith("error: torch.compile: ") and "C++ compiler" in error and error.count("\n") == 1
 
 
-def test_errors_of_the_disk_that_are_not_about_space_are_not_hidden():
+def test_a_failing_disk_is_one_line(capsys):
     def fail():
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(errno.EIO, "Input/output error", "some.json")
 
-    with pytest.raises(OSError, match="Input/output"):
+    assert runner.exit_code(fail) == 1
+    assert capsys.readouterr().err == "error: some.json: Input/output error; run again\n"
+
+
+def test_errors_of_the_system_that_are_faults_of_this_code_are_not_hidden():
+    def fail():
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    with pytest.raises(OSError, match="Bad file"):
         runner.exit_code(fail)
 
 
