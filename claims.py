@@ -462,10 +462,11 @@ def numbers(section, claim, lines):
     """The numbers behind a verdict: those of each line, or of the lead that is nearest to failing."""
     table = rows(*lines.values())
     if claim.leads and table:
+        table = sorted(table, key=lambda row: margin(*row, *claim.leads))
         verdicts = [claim.test(section, *([result] for result in row)) for row in table]
-        deciding = [row for row, verdict in zip(table, verdicts, strict=True) if verdict is every(verdicts)]
-        one, two = min(deciding, key=lambda row: margin(*row, *claim.leads))
+        one, two = table[verdicts.index(every(verdicts))]
         which = "the smallest lead" if claim.leads[1] == math.inf else "the one nearest to a limit"
+        which += "" if one is table[0][0] else " that decides"
         among = f" ({which}, of {len(table)})" if len(table) > 1 else ""
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
     texts = []
@@ -477,14 +478,17 @@ def numbers(section, claim, lines):
     return "; ".join(texts)
 
 
-def sweep(claim, methods):
-    """The start of the command that makes the runs of a claim's methods: the figure's or table's own sweep.
+def sweeps(claim, methods, grid="", flags=""):
+    """The command that makes the runs of a claim's methods: the sweep of its figure or table.
 
-    Where that lacks one of them, it is Table 2's with these methods.
+    Where that lacks one of them, it is Table 2's with these methods, before that of Table 3 without L2.
     """
-    if set(methods) <= set(TARGETS[claim.target].methods):
-        return f"bash sweep.sh {claim.target}"
-    return f'INITS="{" ".join(method for method in methods if method != NO_L2)}" bash sweep.sh table2'
+    start, end = f"{grid}bash sweep.sh {claim.target}{flags}", ""
+    if not set(methods) <= set(TARGETS[claim.target].methods):
+        end = f" && {start}" if NO_L2 in methods else ""
+        inits = " ".join(method for method in methods if method != NO_L2)
+        start = f'{grid}INITS="{inits}" bash sweep.sh table2{flags}'
+    return start + end
 
 
 def command(section, claim, methods, xs=()):
@@ -508,7 +512,7 @@ def command(section, claim, methods, xs=()):
     words.append(f"--amp {'off' if precision == 'float32' else precision}")
     sizes = " ".join(map(str, sorted(xs)))
     grid = f'{"DEPTHS" if target.deep else "BATCHES"}="{sizes}" ' if xs else ""
-    return f"{grid}{sweep(claim, methods)} {' '.join(words)}"
+    return sweeps(claim, methods, grid, f" {' '.join(words)}")
 
 
 def lacking(section, claim, lines, tried):
@@ -518,7 +522,7 @@ def lacking(section, claim, lines, tried):
     if absent := [name_of(method) for method in claim.methods if not tried[method]]:
         return f"not run: {', '.join(absent)}", True
     if not all(lines.values()):
-        return "an optimal rate of each is needed", True
+        return "an optimal rate of each is needed", False
     common = [row[0].x for row in rows(*lines.values())]
     if len(common) < claim.least:
         return f"all methods have {len(common)} {axis}s in common, {claim.least} are needed", False
@@ -555,9 +559,7 @@ def judge(section, claim):
     if reason:
         xs = {result.x for line in found.values() for result in line} if here and target.least > 1 else ()
         needed = [method for method in claim.methods if not tried[method]] or claim.methods
-        nowhere = all(tried.values()) and not all(lines.values())  # all that a search would try was run
-        hopeless = nowhere and not any(result.open for line in tried.values() for result in line)
-        return replace(answer, reason=reason, command="" if hopeless else command(section, claim, needed, xs))
+        return replace(answer, reason=reason, command=command(section, claim, needed, xs))
     verdict = claim.test(section, *lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
@@ -580,7 +582,7 @@ def judge_all(sections):
         answers = [answer for section in sections if (answer := judge(section, claim))]
         decided = [answer for answer in answers if answer.verdict is not UNDECIDED]
         partly = [answer for answer in answers if answer.ours]
-        nothing = Answer(claim, UNDECIDED, reason="not run", command=sweep(claim, claim.methods))
+        nothing = Answer(claim, UNDECIDED, reason="not run", command=sweeps(claim, claim.methods))
         chosen = next(iter([*decided, *partly, *answers]), nothing)
         found.append(replace(chosen, elsewhere={answer.section: answer.verdict for answer in answers}))
     return found

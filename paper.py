@@ -255,8 +255,6 @@ class Section:
         self.config, self.setup = self.grids[0].config, self.grids[0].setup
         places = {(grid.depth, grid.bs) for grid in grids}
         depths, sizes = Counter(depth for depth, _ in places), Counter(bs for _, bs in places)
-        own = 16 if depths[16] > 1 else max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))
-        self.depth = own  # of the figures
         self.bs = max(sorted(sizes), key=lambda bs: (bs == 64, sizes[bs]))  # of Tables 1 to 3
         paper = self.setup.protocol
         ours = {key: self.config.get(key, value) for key, value in paper.items()}
@@ -265,6 +263,8 @@ class Section:
         self.differences = {key: it for key, it in ours.items() if str(it).lower() != str(paper[key]).lower()}
         self.same_rates = "dampening" not in self.differences  # effective ones, as the paper's
         self.budget = not self.differences.keys() & {"epochs", "train_size", "image_size"}  # the paper's
+        most = max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))
+        self.depth = 16 if self.budget and depths[16] > 1 else most  # of the figures
 
     def network(self, target):
         """True if this is the network of the paper's figure or table, and the batch size of Tables 1 to 3."""

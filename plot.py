@@ -525,7 +525,7 @@ def verdict_tables(answers, labels, out):
                 told = [
                     answer.reason,
                     answer.ours or "–",
-                    f"`{answer.command}{out}`" if answer.command else "–",
+                    f"`{answer.command.replace(' && ', f'{out} && ')}{out}`",
                 ]
             rows.append([n, answer.claim.statement, answer.claim.place, *told])
         title, table = f"{verdict.value.capitalize()} ({len(rows)})", markdown(header, rows)

@@ -181,7 +181,8 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
         time.sleep(INTERVAL)
         alive = not workers or any(map(is_alive, workers))  # before a last look
         for task, key in new_runs(tasks, folder):
-            done, counted = done + 1, counted + seconds(task.point.found[key])
+            here = min(seconds(task.point.found[key]), time.monotonic() - began)  # less if it went on
+            done, counted = done + 1, counted + here
             most = sum(task.plan.planned for task in tasks)
             left = time_left(tasks, counted / (time.monotonic() - began))
             say(f"[{done}/{most} runs{left}] {task.point.title(key)}: {result(task.point.found[key])}")

@@ -88,12 +88,15 @@ def exit_code(main) -> int:
         if is_out_of_memory(error):
             complain("not enough memory: try --micro, or fewer --concurrent")
             return 1
+        if str(error).startswith("DataLoader worker"):  # PyTorch says so wherever this process is
+            complain(f"{' '.join(str(error).split())} Is the memory enough for so many --workers?")
+            return 1
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         complain(f"torch.compile: {' '.join(str(error).split())[:200]}")
         return 2
     except MemoryError as error:
-        complain(f"not enough memory: {error}")
+        complain(f"not enough memory {error}".strip())
         return 1
     except KeyboardInterrupt as hint:
         say(f"interrupted: the same command{hint} goes on from here")

@@ -72,8 +72,7 @@ run() { # run LINE LOG: sets `code`; the log has the line, then its output and `
     eval "words=($1"$'\n)'
     for k in 3 2 1; do if [[ ${words[k]} == *.py ]]; then words[k]=$here/${words[k]}; fi; done
     if [ ! -s "$2" ]; then printf '%s\n' "${1% # *}" >"$2"; fi
-    "${words[@]}" </dev/null >>"$2" 2>&1 &
-    children=$!
+    "${words[@]}" </dev/null >>"$2" 2>&1 & children=$!
     if [ -n "$stopped" ]; then stop $stopped; fi # the signal came before the number was known
     await $children
     if [ -n "$stopped" ] && [ $code != 0 ]; then code=75; fi # killed before it listened, or torchrun's 1
@@ -84,19 +83,19 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     trap 'stop TERM' TERM INT HUP USR1
     for ((n = 0; n < jobs; n++)); do
         if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[n % ${#gpus[@]}]}; fi
-        worker $n $$.$n & children+=" $!"
+        worker $n "$(date +%s).$$.$n" & children+=" $!" # a container's $$ is always the same
     done
     if [ -n "$stopped" ]; then stop $stopped; fi # the signal came before a worker's number was known
-    lines $target | python "$here/wrn_cifar.py" --watch $children &
-    await $!; end=$code
-    kill -TERM $children 2>/dev/null
-    for pid in $children; do await $pid; done
-    if [[ $stopped$end != [012] ]]; then echo "interrupted: the same sweep goes on from here" && return 75; fi
+    lines $target | python "$here/wrn_cifar.py" --watch $children & await $!; end=$code
+    kill -TERM $children 2>/dev/null; for pid in $children; do await $pid; done
+    [[ $stopped$end == [012] ]] || { echo "interrupted: the same sweep$fresh goes on from here"; return 75; }
     if [ $end = 2 ]; then return 2; fi
     python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $end
 }
 submit() { # the workers as a job array
-    state=$(lines $target | python "$here/wrn_cifar.py" --status) || [ $? != 2 ] || fail "${state##*$'\n'}"
+    if [ -n "$fresh" ]; then fail "--fresh: a task that is requeued would begin again"; fi
+    state=$(lines $target | sed "s/ # $target$/ --device cpu&/" | python "$here/wrn_cifar.py" --status) ||
+        [ $? != 2 ] || fail "${state##*$'\n'}" # a bad flag ends it here, not in each task
     eval "flags=($slurm)" && sbatch --requeue --signal=B:USR1@300 --open-mode append "${flags[@]}" \
         --job-name $target --array 1-$jobs --chdir "$PWD" --output "${out//%/%%}/logs/slurm-%A_%a.out" \
         --wrap "exec bash $(quote "$here/sweep.sh") $target --task$appended"
@@ -111,7 +110,7 @@ fail() { echo "error: $1" >&2 && exit 2; }
 # quote WORD: as both bash and Python's shlex read it
 quote() { if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi; }
 here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0" 2>/dev/null || echo "$0")")" && pwd) # also through a link
-target="" act=sweep show=() jobs="" slurm="" out=results appended="" stopped="" children="" todo=() flags=()
+target="" act=sweep show=() jobs="" slurm="" out=results appended="" fresh="" stopped="" children="" todo=()
 set +e +u && mark="'" escaped="'\\''" odd='[^a-zA-Z0-9_.^+[:space:]-]' # -e, -u: as a user's shell may export
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
 if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
@@ -132,6 +131,7 @@ while (($#)); do
         --task) act=task ;;
         --jobs) jobs=${2:-none} && shift ;;
         --slurm) act=submit slurm=${2:-} && shift ;;
+        --fresh) fresh=", without --fresh," appended+=" $1" ;;
         --out) out=${2:-} appended+=" $1" ;;
         --out=*) out=${1#*=} appended+=" $(quote "$1")" ;;
         *) appended+=" $(quote "$1")" ;;
@@ -140,7 +140,7 @@ while (($#)); do
 done
 if ((${#show[@]})); then lines ${target:-$targets} | "${show[@]}"; exit; fi
 while IFS= read -r line; do todo+=("$line"); done <<<"$(lines $target)"
-gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)}
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | grep '^[0-9]')}
 gpus=(${gpus//,/ })
 if [[ $act == submit || ${todo[0]} == torchrun* ]]; then gpus=() workers=1; fi
 jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : workers))}

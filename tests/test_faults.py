@@ -463,6 +463,18 @@ def test_memory_that_is_not_there_is_one_line(capsys):
     assert error.startswith("error: not enough memory") and error.count("\n") == 1
 
 
+def test_a_decoding_process_that_was_killed_is_one_line(capsys):
+    """As PyTorch's handler of signals says it, wherever this process is."""
+
+    def fail():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    assert runner.exit_code(fail) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: DataLoader worker (pid 7) is killed by signal: Killed. Is"
+    )
+
+
 def test_a_compiler_that_is_not_there_is_one_line(capsys, monkeypatch):
     """Nothing else is compiled here."""
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "nonsuch"))

@@ -1,6 +1,7 @@
 """progress.py: what the command lines of a sweep have come to, by made-up records and logs."""
 
 import fcntl
+import functools
 import io
 import json
 import os
@@ -254,3 +255,14 @@ def test_the_time_that_is_left(tmp_path):
     assert progress.time_left(tasks, 2.0) == ", about 7 min"
     assert progress.time_left(tasks, 0.02) == ", about 12 h"
     assert progress.time_left(tasks, 0.0) == ""
+
+
+def test_a_run_that_went_on_does_not_count_as_made_here(tmp_path, worker, monkeypatch, capsys):
+    """The record of a run tells the time of all of it: of the rest nothing is known yet."""
+    lines = [line(tmp_path, "--lr", *(f"2^-{k}" for k in range(1, 8)))]
+    point = progress.point_of(lines[0])
+
+    resumed = functools.partial(write, point, (2**-3, 0), 0.5, seconds=6e5)
+    watch(lines, worker, [lambda: None, resumed, end(worker)], monkeypatch)
+    said = capsys.readouterr().out
+    assert said.startswith("table1: ") and int(re.search(r"about (\d+) h", said)[1]) > 900

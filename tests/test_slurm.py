@@ -52,6 +52,8 @@ def test_a_flag_that_no_script_has_is_not_submitted(sandbox, tmp_path):
     path = fake(tmp_path / "bin", "sbatch", 'touch "$0.called"')
     done = sweep("table1", "--slurm", "", "--widht", 1, folder=sandbox, **path)
     assert done.returncode == 2 and done.stderr == "error: target  unrecognized arguments: --widht\n"
+    done = sweep("table1", "--slurm", "", "--fresh", folder=sandbox, **path)
+    assert done.returncode == 2 and "--fresh" in done.stderr
     assert not (tmp_path / "bin" / "sbatch.called").exists()
 
 
