@@ -338,7 +338,7 @@ def test_workers_share_the_runs_of_every_line(sandbox):
     assert sorted(made) == sorted(
         f"{i}-8-{d}-{s}" for i in ("bn", "none") for d in (16, 40) for s in range(4)
     )
-    workers = {log.stem.split(".")[1] for log in (sandbox / "demo" / "logs").glob("*.log")}
+    workers = {log.stem.rpartition(".")[2] for log in (sandbox / "demo" / "logs").glob("*.log")}
     assert workers == {"0", "1", "2"}
     assert len(logs(sandbox / "demo")) == 4
 
