@@ -221,7 +221,7 @@ def list_images(folder: Path, parts: tuple[str, str]):
 
     Returns the (paths, labels) of each part, arrays of bytes and int64 (N,); the classes' names, whose places
     are the labels; a fingerprint of the files' names and sizes. Raises UserError unless both parts have
-    images of the same classes.
+    images of the same classes, two or more.
     """
     layout = f"--data-dir: {folder} should hold images in {parts[0]}/CLASS/ and {parts[1]}/CLASS/"
     scan(folder, layout)
@@ -230,6 +230,8 @@ def list_images(folder: Path, parts: tuple[str, str]):
         raise UserError(f"{layout}, but {folder / empty[0]} has no folders: sort its images into classes")
     if odd := sorted(set(classes[parts[0]]) ^ set(classes[parts[1]])):
         raise UserError(f"{layout}, the same classes in both, but {len(odd)} differ, such as {odd[0]}")
+    if len(classes[parts[0]]) == 1:
+        raise UserError(f"{layout}, of more classes than {classes[parts[0]][0]}")
     digest, found = hashlib.sha256(), []
     for part, names in classes.items():
         paths, labels = [], []

@@ -424,6 +424,8 @@ def test_classes_must_be_the_same_and_have_images(tmp_path):
     (tmp_path / "val" / "n02").rename(tmp_path / "val" / "n03")
     differ = f"{layout}, the same classes in both, but 2 differ, such as n02"
     assert problem_of(list_images, tmp_path, TRAIN_VAL) == differ
+    line = problem_of(list_images, make_folder(tmp_path / "of cats", classes=["cats"]), TRAIN_VAL)
+    assert line.endswith("images in train/CLASS/ and val/CLASS/, of more classes than cats")
     for part in TRAIN_VAL:
         for name in ("n02", "n03"):
             (tmp_path / part / name).mkdir(exist_ok=True)
