@@ -226,7 +226,7 @@ def test_an_interrupted_run_goes_on_in_the_middle_of_an_epoch(tmp_path, small_ne
     assert not list((tmp_path / "parts").glob("*/*.json"))
     capsys.readouterr()
     assert script(flags, tmp_path / "parts", "--eval-only") == 0  # which leaves the checkpoint as it is
-    line = r"resnet50-v2 zeroinit B 8 2\^-4 seed 0: test_accuracy (\S+)%, test_top5 (\S+)% after [56] updates\n"
+    line = r"resnet50-v2 zeroinit B 8 2\^-4 seed 0: test_accuracy (\S+)%, test_top5 (\S+)% after [56] updates"
     accuracy, top5 = map(float, re.search(line, capsys.readouterr().out).groups())
     assert 0 <= accuracy <= top5 <= 100
     assert script(flags, tmp_path / "parts", "--save-weights") == 0
