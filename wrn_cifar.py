@@ -66,8 +66,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 def expected_rate(init: str, bs: int) -> float:
     """The optimum to expect: in proportion to the batch size up to where Figure 2a saturates.
 
-    At B 64 it is that of Tables 2 and 3 at 16 layers. Without a scalar it is 2^-4, the optimum at width 1
-    (results/README.md), an eighth of batch norm's; in the paper optimal rates at small B are similar.
+    At B 64 it is that of Tables 2 and 3 at 16 layers. Without a scalar it is 2^-4, an eighth of batch norm's:
+    in the paper optimal rates at small B are similar, at width 1 (results/README.md) it is 2^-6.
     """
     method = METHODS[init]
     if method.norm:
