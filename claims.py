@@ -250,7 +250,7 @@ def recovers_most(section, *lines):
     """ZeroInit recovers most of what Batch Normalization improves (over half of the gap) for B ≤ 256."""
     found = []
     for z, none, bn in rows(*lines):
-        plain = none.score if none.best or not z.best else 0.0  # what does not train has no half
+        plain = none.score if none.best or not z.best else 0.0  # not infinitely bad: half of that is
         lead, error = z.score - (plain + bn.score) / 2, math.hypot(z.error, none.error / 2, bn.error / 2)
         found += [compare(bn, none), decide(lead, error, z.open, none.open or bn.open)]
     return every(found)

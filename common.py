@@ -127,7 +127,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
         r (1-m)^S + sum over i of m (1-m)^(S-1-i) new_i
         """
-        # no matrix product, which autocast would make in bf16
+        # Not as a matrix product, which autocast would make in bf16 or fp16.
         steps = torch.arange(len(new) - 1, -1, -1, device=new.device, dtype=new.dtype)
         weights = self.momentum * (1 - self.momentum) ** steps
         running.mul_((1 - self.momentum) ** len(new)).add_((weights[:, None] * new).sum(0))

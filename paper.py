@@ -215,9 +215,9 @@ class Result:
             self.low = math.log2(rates[first]) - max(0.0, below - 1) / 2  # the paper's are a factor 2 apart
             self.high = math.log2(rates[last]) + max(0.0, above - 1) / 2
             self.error = BEST_ONLY * self.std / math.sqrt(len(best.kept))  # of the mean
-            if len(best.kept) < 4:  # their deviation may be small by chance: at least as of a single run,
-                single = 0.01 * best.mean  # of an accuracy as the number of test images allows
-                if metric is ACCURACY:
+            if len(best.kept) < 4:  # so few may agree by chance; the error of a single run is
+                single = 0.01 * best.mean
+                if metric is ACCURACY:  # as the number of test images allows
                     single = math.sqrt(best.mean * (1 - best.mean) / grid.test_images)
                 self.error = max(self.error, single / math.sqrt(len(best.kept)))
         elif few_rates(grid, rates):
