@@ -522,11 +522,8 @@ def verdict_tables(answers, labels, out):
         for n, answer in ((n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict):
             told = [answer.ours, answer.seeds or "–", where(answer, labels)]
             if verdict is UNDECIDED:
-                told = [
-                    answer.reason,
-                    answer.ours or "–",
-                    f"`{answer.command.replace(' && ', f'{out} && ')}{out}`",
-                ]
+                command = answer.command.replace(" && ", f"{out} && ") + out
+                told = [answer.reason, answer.ours or "–", f"`{command}`"]
             rows.append([n, answer.claim.statement, answer.claim.place, *told])
         title, table = f"{verdict.value.capitalize()} ({len(rows)})", markdown(header, rows)
         if rows:

@@ -96,7 +96,7 @@ def exit_code(main) -> int:
         complain(f"torch.compile: {' '.join(str(error).split())[:200]}")
         return 2
     except MemoryError as error:
-        complain(f"not enough memory {error}".strip())
+        complain(f"not enough memory: {error}".rstrip(": "))
         return 1
     except KeyboardInterrupt as hint:
         say(f"interrupted: the same command{hint} goes on from here")
@@ -556,7 +556,8 @@ def print_accuracy(script, point: Point, args):
         else:
             raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
         shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
-        say(f"{point.title(key)}: {shares}" + (f" after {run.updates} updates" if run.updates else ""))
+        after = f" after {plural(run.updates, 'update')}" if run.updates else ""
+        say(f"{point.title(key)}: {shares}{after}")
 
 
 # ---------------------------------------------------------------------------------------------- a script

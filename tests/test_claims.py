@@ -570,7 +570,7 @@ def test_half_of_a_gap_is_as_uncertain_as_its_ends():
     changes = {"bn_64": {"accuracy": 94.0, "std": 1.0}, "none_64": {"accuracy": 92.0, "std": 1.0}}
     points = with_changes(claim, zeroinit_64={"accuracy": 93.0}, **changes)  # at the others it is well above
     found = Counter(verdict(claim, points, seed).verdict for seed in range(40))
-    assert found[TIED] >= 20  # two of three are within a standard error; without the ends' it was one of ten
+    assert found[TIED] >= 20  # two of three are within a standard error
 
 
 def test_no_verdict_on_an_optimum_with_far_neighbours():

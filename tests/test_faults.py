@@ -282,8 +282,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
 
 def test_ranks_with_other_checkpoints_do_not_train_together(tmp_path, monkeypatch, capsys):
     stopped(tmp_path, monkeypatch, 7)
-    first_ranks = lambda value: 0 if isinstance(value, int) else value  # noqa: E731  # it has no checkpoint
-    monkeypatch.setattr(runner, "agreed", first_ranks)
+    # the first rank has no checkpoint: it begins at update 0
+    monkeypatch.setattr(runner, "agreed", lambda value: 0 if isinstance(value, int) else value)
     assert script("--out", tmp_path) == 2
     assert "the ranks have other checkpoints" in capsys.readouterr().err
 

@@ -416,7 +416,7 @@ def test_eval_only_beside_a_run_that_diverged_and_of_one_that_goes_on(tmp_path, 
     assert script("--seed", "1", flags=flags) == 75
     capsys.readouterr()
     assert script("--seed", "1", "--eval-only", flags=flags) == 0
-    assert capsys.readouterr().out.endswith(" after 1 updates\n")
+    assert capsys.readouterr().out.endswith(" after 1 update\n")
 
 
 def test_weights_that_do_not_fit_are_one_line(trained, tmp_path, capsys):
