@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from points import Point, is_running, say
 from records import UserError, plural
@@ -226,14 +227,10 @@ def time_left(tasks: list[Task], speed: float) -> str:
     """
     means = {}
     for task in tasks:
-        times = [seconds(record) for record in task.point.found.values()]
-        means[task] = sum(times) / len(times) if times else None
-    known = [mean for mean in means.values() if mean is not None]
-    usual = sum(known) / len(known)
-    rest = sum(
-        (task.plan.planned - len(task.point.found)) * (usual if mean is None else mean)
-        for task, mean in means.items()
-    )
+        if times := [seconds(record) for record in task.point.found.values()]:
+            means[task] = fmean(times)
+    usual = fmean(means.values())
+    rest = sum((task.plan.planned - len(task.point.found)) * means.get(task, usual) for task in tasks)
     if not rest or not speed:
         return ""
     minutes = math.ceil(rest / speed / 60)
