@@ -322,23 +322,25 @@ def train_point(script, point: Point, args):
     done = [key for key, record in point.found.items() if record["status"] == "done"]
     if args.save_weights and not all(weights_file(point.path(key)).exists() for key in done):
         say("--save-weights does nothing for runs that are done: with another --out they are trained again")
-    if not plan.missing:
-        return say_end(point, plan)
-    with output_folder(point.folder):
-        say("loading the images ...")
-        with signals_ask_to_stop(at_once=True):
-            data = load_on_all_ranks(script, args, device)
-        check_images(point, data)
-        say(describe(script, point, args, data.classes))
-        commit()
-        start = functools.partial(make_run, script, data=data, args=args)
-        limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA has 32 streams
-        with signals_ask_to_stop():
-            train_side_by_side(point, limit, start, args, data)
-    plan = agreed(point.plan())
+    if plan.missing:
+        with output_folder(point.folder):
+            say("loading the images ...")
+            with signals_ask_to_stop(at_once=True):
+                data = load_on_all_ranks(script, args, device)
+            check_images(point, data)
+            say(describe(script, point, args, data.classes))
+            commit()
+            start = functools.partial(make_run, script, data=data, args=args)
+            limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA streams
+            with signals_ask_to_stop():
+                train_side_by_side(point, limit, start, args, data)
+        plan = agreed(point.plan())
     if plan.missing:
         raise Elsewhere(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
-    say_end(point, plan)
+    for note in plan.notes:
+        say(note)
+    runs = plural(len(plan.asked), "run")
+    say(f"all is done ({runs}): `python plot.py {point.folder.parent}` makes the report")
 
 
 def check_images(point: Point, data):
@@ -354,14 +356,6 @@ def make_run(script, config: dict, data, args) -> Run:
         torch.manual_seed(stream_seed(config["seed"], "weights"))
         net = script.make_net(config, data.classes)
     return Run(config, net, data, data.device, args.micro, script.halvings, args.compile)
-
-
-def say_end(point: Point, plan: records.Plan):
-    """Say that a point is finished."""
-    for note in plan.notes:
-        say(note)
-    runs = plural(len(plan.asked), "run")
-    say(f"all is done ({runs}): `python plot.py {point.folder.parent}` makes the report")
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
