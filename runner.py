@@ -330,10 +330,9 @@ def train_point(script, point: Point, args):
             check_images(point, data)
             say(describe(script, point, args, data.classes))
             commit()
-            start = functools.partial(make_run, script, data=data, args=args)
             limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA streams
             with signals_ask_to_stop():
-                train_side_by_side(point, limit, start, args, data)
+                train_side_by_side(point, limit, script, args, data)
         plan = agreed(point.plan())
     if plan.missing:
         raise Elsewhere(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
@@ -363,13 +362,13 @@ def side_by_side(device: torch.device, bs: int) -> int:
     return max(1, min(16, 1024 // bs)) if device.type == "cuda" and ranks()[1] == 1 else 1
 
 
-def train_side_by_side(point: Point, limit: int, start, args, data):
+def train_side_by_side(point: Point, limit: int, script, args, data):
     """Train what is missing, at most `limit` runs at a time; the next takes the place of one that ends."""
     jobs, display, saved, more = {}, Display(point), time.monotonic(), True
     try:
         while True:
             if more:
-                limit, more = fill(point, jobs, limit, start, args, data.device)
+                limit, more = fill(point, jobs, limit, script, args, data)
                 display.expect([job.run for job in jobs.values()])
             if not jobs:
                 return
@@ -408,12 +407,12 @@ def advance(job: Job) -> int | None:
         raise OwnError(str(error)) from None
 
 
-def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int, bool]:
+def fill(point: Point, jobs: dict, limit: int, script, args, data) -> tuple[int, bool]:
     """Start runs until `limit` are under way: how many of them fit, and False if none is left to start."""
     while len(jobs) < limit:
-        free = free_memory(device)
+        free = free_memory(data.device)
         try:
-            key, job = start_next(point, jobs, start, args)
+            key, job = start_next(point, jobs, script, args, data)
         except RuntimeError as error:
             if not is_out_of_memory(error) or ranks()[1] > 1:  # the other ranks may have room
                 raise
@@ -424,7 +423,7 @@ def fill(point: Point, jobs: dict, limit: int, start, args, device) -> tuple[int
         if job is None:
             return limit, False
         jobs[key] = job
-        left = free_memory(device)
+        left = free_memory(data.device)
         if left < 2 * (free - left):  # evaluation and other processes need some, too
             return len(jobs), True
     return limit, True
@@ -442,14 +441,14 @@ def take_next(point: Point, jobs: dict):
     return None, None
 
 
-def start_next(point: Point, jobs: dict, start, args):
+def start_next(point: Point, jobs: dict, script, args, data):
     """Start the next missing run that no other process makes: its (rate, seed) and job, or (None, None)."""
     key, lock = take_next(point, jobs) if ranks()[0] == 0 else (None, None)
     key, lock = agreed(key), lock or contextlib.ExitStack()
     if key is None:
         return None, None
     with lock:
-        run, path = start(point.config(key)), point.path(key)
+        run, path = make_run(script, point.config(key), data, args), point.path(key)
         if args.fresh and run.rank == 0:
             remove_checkpoint(path)
         with on_stream(run):
