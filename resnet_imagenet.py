@@ -87,9 +87,8 @@ def make_point(args: argparse.Namespace) -> points.Point:
 
 def make_net(config: dict, classes: int) -> ResNet50:
     """The net of a configuration, on PyTorch's default device."""
-    keys = ("version", "init", "ghost", "dropout", "base_init", "stride_on")
-    alpha = config["alpha"] or 0.0  # None without a scalar
-    return ResNet50(num_classes=classes, alpha=alpha, **{key: config[key] for key in keys})
+    keys = ("version", "init", "ghost", "dropout", "alpha", "base_init", "stride_on")
+    return ResNet50(num_classes=classes, **{key: config[key] for key in keys})
 
 
 def load_data(args: argparse.Namespace, device) -> data.ImageNet:

@@ -90,9 +90,8 @@ def make_point(args: argparse.Namespace) -> points.Point:
 
 def make_net(config: dict, classes: int) -> WideResNet:
     """The net of a configuration, on PyTorch's default device."""
-    keys = ("depth", "width", "init", "ghost", "dropout", "base_init")
-    alpha = config["alpha"] or 0.0  # None without a scalar
-    return WideResNet(num_classes=classes, alpha=alpha, **{key: config[key] for key in keys})
+    keys = ("depth", "width", "init", "ghost", "dropout", "alpha", "base_init")
+    return WideResNet(num_classes=classes, **{key: config[key] for key in keys})
 
 
 def load_data(args: argparse.Namespace, device) -> data.Images:
