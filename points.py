@@ -137,12 +137,16 @@ def add_shared_flags(parser: Parser, **defaults):
 
 
 def check_shared_flags(parser: Parser, args: argparse.Namespace):
-    """What must hold between the flags of either script."""
+    """Check what must hold between the flags of either script, and fill in what follows from others."""
     method = METHODS[args.init]
     if args.dropout is not None and not method.dropout:
         parser.error(f"argument --dropout: --init {args.init} has no dropout")
     if args.alpha is not None and not method.scalar:
         parser.error(f"argument --alpha: --init {args.init} has no scalar that starts at zero")
+    if args.data_name is None:
+        own_name = os.path.basename(os.path.realpath(args.data_dir))
+        names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "folder": own_name}
+        args.data_name = names.get(args.data, args.data)
     try:
         slug(args.data_name)
     except UserError as error:

@@ -61,9 +61,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     if METHODS[args.init].last_bias and args.arch != "v1":
         parser.error(f"argument --init: {args.init} is for --arch v1, whose blocks end with a ReLU")
     args.stride_on = args.stride_on or STRIDE_ON[args.arch]
-    if args.data_name is None:
-        own_name = os.path.basename(os.path.realpath(args.data_dir))
-        args.data_name = "shapes" if args.data == "shapes" else own_name
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         per_rank = cores // rank_variable("LOCAL_WORLD_SIZE", 1)

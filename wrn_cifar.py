@@ -7,7 +7,6 @@ Each run leaves one JSON record in --out; runs that have theirs are skipped, so 
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -56,9 +55,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.depth < 10 or (args.depth - 4) % 6:
         parser.error(f"argument --depth: should be 6n+4 (10, 16, 22, ..., 1000), not {args.depth}")
-    own_name = os.path.basename(os.path.realpath(args.data_dir))
-    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "shapes": "shapes", "folder": own_name}
-    args.data_name = names[args.data] if args.data_name is None else args.data_name
     points.check_shared_flags(parser, args)
     return args
 
