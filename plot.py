@@ -206,7 +206,8 @@ class Scale:
     """
 
     def __init__(self, values, sign):
-        best, *_, worst = ordered = sorted([*values, *values], reverse=sign > 0)
+        ordered = sorted(values, reverse=sign > 0)
+        best, worst = ordered[0], ordered[-1]
         good, span = abs(best - ordered[3 * len(ordered) // 5]), abs(best - worst) or 1.0
         self.best, self.worst, self.knee, self.zoomed = best, worst, worst, 0 < good < 0.3 * span
         if self.zoomed:  # the better three fifths, up to a round number
@@ -239,10 +240,10 @@ class Scale:
         return within(self.best, self.knee, 6) + rest
 
 
-def powers(low, high, most=6):
-    """Powers of two from low to high, about so many."""
+def powers(low, high):
+    """Powers of two from low to high, about six of them."""
     low, high = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
-    return [2.0**k for k in range(low, high + 1, max(1, math.ceil((high - low) / most)))]
+    return [2.0**k for k in range(low, high + 1, max(1, math.ceil((high - low) / 6)))]
 
 
 def rate_text(rate):
