@@ -72,8 +72,8 @@ coefficient, fraction, rate = number(float, 0, 1e30), number(float, 0, 1), numbe
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError for bad flags, and for shortened ones, which sweep.sh does not know."""
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")

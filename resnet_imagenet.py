@@ -29,7 +29,7 @@ STRIDE_ON = {"v1": "1x1", "v2": "3x3"}  # He et al., 2016a and 2016b
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=points.Help)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=("v1", "v2"), default="v2", help="ResNet-50-V1 or -V2")
     add("--init", choices=METHODS, default="zeroinit", help="the method, a column of the paper's tables")

@@ -344,7 +344,7 @@ def draw(record: dict, path: Path):
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = points.Parser(description=__doc__, formatter_class=points.Help)
+    parser = points.Parser(__doc__)
     add = parser.add_argument
     add("--model", default="wrn16-4", help="what to measure: wrnD-K, resnet50-v1 or resnet50-v2")
     add("--image-size", type=positive, default=224, help="of ResNet-50")

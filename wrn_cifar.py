@@ -25,7 +25,7 @@ INITS = [init for init, method in METHODS.items() if not method.last_bias]  # ze
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=points.Help)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--depth", type=positive, default=16, help="6n+4")
     add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
