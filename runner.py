@@ -49,10 +49,6 @@ WRONG_PATH = errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETO
 FAILING_DISK = errno.EIO, errno.ESTALE
 
 
-class Elsewhere(Exception):
-    """All runs that are missing are in the hands of other processes."""
-
-
 def complain(text: str):
     """Print an error, if there still is somebody to see it."""
     with contextlib.suppress(OSError):
@@ -101,9 +97,6 @@ def exit_code(main) -> int:
     except KeyboardInterrupt as hint:
         say(f"interrupted: the same command{hint} goes on from here")
         code = 75
-    except Elsewhere as error:
-        say(str(error))
-        code = 76
     finally:
         flush(sys.stdout)
         flush(sys.stderr)
@@ -308,11 +301,11 @@ class Job:
     lock: contextlib.ExitStack  # released when the run is over
 
 
-def train_point(script, point: Point, args):
+def train_point(script, point: Point, args) -> int:
     """Make every run that the point still asks for; the images are loaded only if there is one.
 
-    Raises UserError where a record holds another configuration or other images than it would be
-    given now, KeyboardInterrupt after a signal, and Elsewhere if other processes make what is left.
+    Returns the exit code, 76 if other processes make what is left. Raises UserError where a record holds
+    another configuration or other images than it would be given now, KeyboardInterrupt after a signal.
     """
     device = pick_device(args.device)
     plan = agreed(point.plan())
@@ -335,11 +328,13 @@ def train_point(script, point: Point, args):
                 train_side_by_side(point, limit, script, args, data)
         plan = agreed(point.plan())
     if plan.missing:
-        raise Elsewhere(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
+        say(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
+        return 76
     for note in plan.notes:
         say(note)
     runs = plural(len(plan.asked), "run")
     say(f"all is done ({runs}): `python plot.py {point.folder.parent}` makes the report")
+    return 0
 
 
 def check_images(point: Point, data):
