@@ -111,7 +111,7 @@ class Claim:
     place: str
     statement: str
     methods: tuple
-    test: object  # gets the section and the results of each method, and returns a verdict
+    test: object  # gets the results of each method, and returns a verdict
     metric: Metric = ACCURACY
     low: int = 1  # batch sizes or depths from
     high: float = math.inf  # and to
@@ -164,7 +164,7 @@ def better(place, first, second, words="better than", least=0.0, most=math.inf, 
     A negative `least` is a distance that the first may be behind.
     """
 
-    def leads(section, *lines):
+    def leads(*lines):
         found = []
         for one, two in rows(*lines):
             found.append(not_behind(one, two, -least) if least < 0 else compare(one, two, least))
@@ -183,7 +183,7 @@ def better(place, first, second, words="better than", least=0.0, most=math.inf, 
 def reaches(place, statement, methods, floor, **options):
     """Add the claim that methods reach an accuracy with the paper's data, network and budget."""
 
-    def reach(section, *lines):
+    def reach(*lines):
         results = [result for line in lines for result in line]
         return every(decide(r.score - floor, noise(r), r.open) for r in results)
 
@@ -196,7 +196,7 @@ better("Fig. 1a", "bn", "none")
 
 
 @claim("Fig. 1a", "bn", "none", least=2, start=64, worst=True)
-def higher_after_tuning(section, bn, none):
+def higher_after_tuning(bn, none):
     """Batch Normalization is over one point better, each at its best batch size and learning rate."""
     rise, fall = (any(result.open for result in line) for line in (bn, none))
     best, plain = best_of(bn), best_of(none)
@@ -209,20 +209,20 @@ def median(line):
 
 @claim("Fig. 1a", *THREE, least=2, start=16, runs=4, high=64, worst=True)
 @claim("Fig. 3a", "zeroinit", least=3, start=16, runs=4, high=256, worst=True)
-def independent_of_batch_size(section, *lines):
+def independent_of_batch_size(*lines):
     """The accuracy does not depend on B for B ≤ {high}: {names} (deviation bars overlap the median's)."""
     return every(overlap(result, median(line)) for line in lines for result in line)
 
 
 @claim("Fig. 1a", *THREE, least=3, reach=4096, runs=4, worst=True)
-def falls_at_large_sizes(section, *lines):
+def falls_at_large_sizes(*lines):
     """The accuracy falls when B is large (at the largest it is over one deviation below the median)."""
     ends = [(median(line[:-1]), line[-1]) for line in lines]
     return every(compare(middle, end, max(middle.std, end.std)) for middle, end in ends)
 
 
 @claim("Fig. 3a", WHOLE, least=3, start=8, reach=64, runs=4, worst=True)
-def falls_at_small_sizes(section, bn):
+def falls_at_small_sizes(bn):
     """Batch Normalization drops when B is small (at the smallest over one deviation below the median)."""
     middle = median(bn[1:])
     return compare(middle, bn[0], max(middle.std, bn[0].std))
@@ -230,7 +230,7 @@ def falls_at_small_sizes(section, bn):
 
 @claim("Fig. 1a", "none", "bn", least=3, start=64, reach=1024, worst=True)
 @claim("Fig. 1a", "zeroinit", "bn", least=3, start=64, reach=1024, worst=True)
-def efficient_sizes(section, *lines):
+def efficient_sizes(*lines):
     """The largest efficient B (within a point of the best) is at least 8 times smaller for {0} than {1}."""
     bounds = []
     for line in lines:
@@ -246,7 +246,7 @@ better("Fig. 1a", "zeroinit", "none")
 
 
 @claim("Fig. 1a", "zeroinit", "none", "bn", high=256, worst=True)
-def recovers_most(section, *lines):
+def recovers_most(*lines):
     """ZeroInit recovers most of what Batch Normalization improves (over half of the gap) for B ≤ 256."""
     found = []
     for z, none, bn in rows(*lines):
@@ -257,7 +257,7 @@ def recovers_most(section, *lines):
 
 
 @claim("Fig. 1a", "zeroinit", "bn", high=256, runs=4, worst=True)
-def competitive(section, *lines):
+def competitive(*lines):
     """ZeroInit is competitive with Batch Normalization for B ≤ 256 (deviation bars overlap, or it leads)."""
     return every(not_behind(zeroinit, bn, zeroinit.std + bn.std) for zeroinit, bn in rows(*lines))
 
@@ -270,7 +270,7 @@ better("Fig. 1b", "bn", "zeroinit", metric=LOSS)
 @claim("Fig. 1b", "none", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True)
 @claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True)
 @claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, start=64, reach=1024, worst=True)
-def loss_degrades(section, *lines):
+def loss_degrades(*lines):
     """The training loss of {0} grows by a greater factor from the smallest to the largest B than {1}'s."""
     (more, less), *_, (more_end, less_end) = rows(*lines)
     if not (more.best and less.best):
@@ -281,7 +281,7 @@ def loss_degrades(section, *lines):
 
 
 @claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64, worst=True)
-def similar_losses(section, *lines):
+def similar_losses(*lines):
     """Losses without normalization are similar with and without ZeroInit (within 20% for B ≤ 64)."""
     pairs = rows(*lines) + rows(*lines[::-1])
     return every(not_behind(one, two, -0.2 * two.score) for one, two in pairs)
@@ -291,7 +291,7 @@ def similar_losses(section, *lines):
 @claim("Fig. 2b", *THREE, metric=LOSS, least=4, start=16, runs=4, rates=True)
 @claim("Fig. 4a", *THREE_WHOLE, least=2, start=16, runs=4, rates=True)
 @claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, least=2, start=16, runs=4, rates=True)
-def proportional(section, *lines):
+def proportional(*lines):
     """The optimal rate is proportional to B when B is small (over a factor of 4, as B^0.5 to B^1.5)."""
     ends = [(line[0], at(line, 4 * line[0].x)) for line in lines]
     return every(verdict for pair in ends for verdict in (grows(*pair, 1, 3), higher_rate(*pair[::-1])))
@@ -299,7 +299,7 @@ def proportional(section, *lines):
 
 @claim("Fig. 2a", *THREE, least=4, reach=8192, runs=4, rates=True)
 @claim("Fig. 2b", *THREE, metric=LOSS, least=4, reach=8192, runs=4, rates=True)
-def saturates(section, *lines):
+def saturates(*lines):
     """The optimal rate saturates when B is large (over the last factor of 4 it grows slower than B^0.5)."""
     return every(grows(at(line, line[-1].x / 4), line[-1], high=0.9) for line in lines)
 
@@ -308,13 +308,13 @@ def saturates(section, *lines):
 @claim("Fig. 2b", *THREE, metric=LOSS, high=32, runs=4, rates=True)
 @claim("Fig. 4a", *THREE_WHOLE, high=16, least=2, runs=4, rates=True)
 @claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, high=16, least=2, runs=4, rates=True)
-def similar_rates(section, *lines):
+def similar_rates(*lines):
     """All three have similar optimal rates at the same small B (within a factor of 4 for B ≤ {high})."""
     return every(grows(*pair, -2, 2) for row in rows(*lines) for pair in itertools.combinations(row, 2))
 
 
 @claim("Fig. 2a", *THREE, least=4, reach=4096, runs=4, rates=True, paper=True)
-def saturation_rates(section, *lines):
+def saturation_rates(*lines):
     """The optimal rate saturates at 2^4 with normalization, 2^-3 without and 2^1 with ZeroInit (factor 2)."""
     found = []
     for limit, line in zip(SATURATION.values(), lines, strict=True):
@@ -326,7 +326,7 @@ def saturation_rates(section, *lines):
 
 @claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, runs=4, rates=True)
 @claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, runs=4, rates=True)
-def larger_rates(section, *lines):
+def larger_rates(*lines):
     """At the largest B the optimal rate is larger with ZeroInit than without, largest with normalization."""
     bn, zeroinit, none = rows(*lines)[-1]
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
@@ -336,14 +336,14 @@ def larger_rates(section, *lines):
 @claim("Fig. 2b", "bn", "none", metric=LOSS, high=32, runs=4, both=True)
 @claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True)
 @claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True)
-def rate_is_not_the_reason(section, *lines):
+def rate_is_not_the_reason(*lines):
     """Larger rates are not why normalization is better at small B (B ≤ {high}: better within a factor 4)."""
     pairs = rows(*lines)
     return every(verdict for bn, none in pairs for verdict in (compare(bn, none), grows(none, bn, -2, 2)))
 
 
 @claim("Section 6", "bn", least=3, start=32, reach=1024, runs=4)
-def small_rates_suffice(section, bn):
+def small_rates_suffice(bn):
     """Batch Normalization is as accurate at the smallest B as at rates 8 times as large (bars overlap)."""
     larger = [result for result in bn if grows(bn[0], result, low=3) is HOLDS]
     if not larger:
@@ -352,32 +352,32 @@ def small_rates_suffice(section, bn):
     return not_behind(bn[0], top, bn[0].std + top.std + noise(bn[0], top))  # the best of several
 
 
-def keeps(section, result, shallow):
+def keeps(result, shallow):
     """Whether a network trains as well as a shallow one; what is compared depends on the budget."""
-    floor = shallow.score - 0.02 if section.budget else 0.8 * shallow.score
+    floor = shallow.score - 0.02 if result.grid.budget else 0.8 * shallow.score
     return decide(result.score - floor + TINY, 0, result.open, shallow.open)
 
 
 @claim("Section 2", "none", "bn", least=2, start=16, reach=40, worst=True)
-def plain_fails_at_depth(section, none, bn):
+def plain_fails_at_depth(none, bn):
     """Batch Normalization enables depth: it trains the deepest network, the plain one fails (see Table 2)."""
     (plain, norm), *_, (deep_plain, deep_norm) = rows(none, bn)
-    kept = keeps(section, deep_plain, plain)
-    return every([{HOLDS: FAILS, FAILS: HOLDS}.get(kept, kept), keeps(section, deep_norm, norm)])
+    kept = keeps(deep_plain, plain)
+    return every([{HOLDS: FAILS, FAILS: HOLDS}.get(kept, kept), keeps(deep_norm, norm)])
 
 
 @claim("Table 2", "bn", least=2, start=16, reach=100, worst=True)
 @claim("Table 2", "zeroinit", least=2, start=16, reach=100, worst=True)
 @claim("Table 3", NO_L2, least=2, start=16, reach=100, worst=True)
 @claim("Table 3", "scalar", least=2, start=16, reach=100, worst=True)
-def trains_very_deep(section, line):
+def trains_very_deep(line):
     """{0} trains very deep networks (within 2 points of the shallowest; at another budget, 80% of it)."""
-    return every(keeps(section, result, line[0]) for result in line[1:])
+    return every(keeps(result, line[0]) for result in line[1:])
 
 
 @claim("Table 2", "bn", "zeroinit", least=2, reach=100, runs=4, rates=True)
 @claim("Table 3", NO_L2, least=2, reach=100, runs=4, rates=True)
-def rate_hardly_depends_on_depth(section, *lines):
+def rate_hardly_depends_on_depth(*lines):
     """The optimal rate hardly depends on depth: {names} (within a factor of 2, tied rates included)."""
     return every(grows(*pair, -1, 1) for line in lines for pair in itertools.combinations(line, 2))
 
@@ -390,7 +390,7 @@ reaches("Table 1", "ZeroInit reaches 94.4% (94.2% or more)", ("zeroinit",), 0.94
 
 
 @claim("Table 1", "scalar", *OTHERS, metric=LOSS, worst=True)
-def scalar_has_lowest_loss(section, *lines):
+def scalar_has_lowest_loss(*lines):
     """The scalar multiplier alone achieves the lowest training loss."""
     return every(compare(scalar, other) for scalar, *others in rows(*lines) for other in others)
 
@@ -458,12 +458,12 @@ def margin(first, second, least, most):
     return lead - least if most == math.inf else min(lead - least, most - lead)
 
 
-def numbers(section, claim, lines):
+def numbers(claim, lines):
     """The numbers behind a verdict: those of each line, or of the lead that is nearest to failing."""
     table = rows(*lines.values())
     if claim.leads and table:
         table = sorted(table, key=lambda row: margin(*row, *claim.leads))
-        verdicts = [claim.test(section, *([result] for result in row)) for row in table]
+        verdicts = [claim.test(*([result] for result in row)) for row in table]
         one, two = table[verdicts.index(every(verdicts))]
         which = "the smallest lead" if claim.leads[1] == math.inf else "the one nearest to a limit"
         which += "" if one is table[0][0] else " that decides"
@@ -550,7 +550,7 @@ def judge(section, claim):
     results = [result for line in lines.values() for result in line]
     runs = sorted({(result.best.runs, len(result.best.kept)) for result in results if result.best})
     seeds = " to ".join(dict.fromkeys(f"{best} of {n}" for n, best in runs[:1] + runs[-1:]))
-    ours = [numbers(section, claim, lines)] if all(lines.values()) else []
+    ours = [numbers(claim, lines)] if all(lines.values()) else []
     for method, line in tried.items():
         if lost := [result for result in line if result not in lines[method]]:
             ours.append(f"{name_of(method)} trains at no rate at {places(claim, lost)}")
@@ -560,7 +560,7 @@ def judge(section, claim):
         xs = {result.x for line in found.values() for result in line} if here and target.least > 1 else ()
         needed = [method for method in claim.methods if not tried[method]] or claim.methods
         return replace(answer, reason=reason, command=command(section, claim, needed, xs))
-    verdict = claim.test(section, *lines.values())
+    verdict = claim.test(*lines.values())
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
     edges = [result for result in results if result.open]

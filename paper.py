@@ -139,6 +139,7 @@ SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
 # ----------------------------------------------------------------------------------------- grids and sections
 
 OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "depth", "bs")  # what may differ within a section
+BUDGET = {"epochs", "train_size", "image_size"}  # a grid has the paper's `budget` if these are the paper's
 
 
 def method_of(config):
@@ -170,6 +171,8 @@ class Grid:
         self.config, self.test_images, self.runs, self.optima = config, images, {}, {}
         self.method, self.depth, self.bs = method_of(config), config.get("depth", 50), config["bs"]
         self.setup = SETUPS[config.get("version")]
+        paper = self.setup.protocol
+        self.budget = all(config.get(key, paper[key]) == paper[key] for key in BUDGET & paper.keys())
 
     def reached(self, metric):
         """The optimum, at chance where no rate trains; None if every rate diverged."""
@@ -262,7 +265,7 @@ class Section:
             ours["dampening"] = paper["dampening"]
         self.differences = {key: it for key, it in ours.items() if str(it).lower() != str(paper[key]).lower()}
         self.same_rates = "dampening" not in self.differences  # effective ones, as the paper's
-        self.budget = not self.differences.keys() & {"epochs", "train_size", "image_size"}  # the paper's
+        self.budget = self.grids[0].budget
         most = max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))
         self.depth = 16 if self.budget and depths[16] > 1 else most  # of the figures
 
