@@ -314,7 +314,7 @@ class WideResNet(ResidualNet):
     """Wide-ResNet depth-width for (B, 3, H, W) images, logits (B, num_classes); depth must be 6n+4.
 
     `init` is a key of `METHODS`; `dropout` overrides the method's drop probability (0.6, section 4), `alpha`
-    the scalar's zero, and `base_init` is the distribution of the initial weights (see `draw_weights`).
+    its scalar's zero, and `base_init` is the distribution of the initial weights (see `draw_weights`).
     Raises ValueError for another depth and for the method that is for ResNet-V1 only.
     """
 
@@ -326,12 +326,12 @@ class WideResNet(ResidualNet):
         num_classes=10,
         ghost=64,
         dropout=None,
-        alpha=0.0,
+        alpha=None,
         base_init="he-in",
     ):
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth should be 6n+4 (10, 16, 22, ..., 100, ..., 1000), not {depth}")
-        method = replace(METHODS[init], alpha=alpha)
+        method = METHODS[init] if alpha is None else replace(METHODS[init], alpha=alpha)
         if method.last_bias:
             raise ValueError(f"{init} is for ResNet-50-V1, whose blocks end with a ReLU")
         stem = conv(method, 3, 16, 3)
@@ -363,11 +363,11 @@ class ResNet50(ResidualNet):
         num_classes=1000,
         ghost=256,
         dropout=None,
-        alpha=0.0,
+        alpha=None,
         base_init="he-in",
         stride_on=None,
     ):
-        method = replace(METHODS[init], alpha=alpha)
+        method = METHODS[init] if alpha is None else replace(METHODS[init], alpha=alpha)
         if version not in ("v1", "v2") or stride_on not in (None, "1x1", "3x3"):
             raise ValueError(f"should be v1 or v2, stride on 1x1 or 3x3, not {version} and {stride_on}")
         if method.last_bias and version == "v2":

@@ -38,6 +38,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's pixels
 CENTRE = -1  # stands in place of a crop's random number, for the crop of validation
 CHUNK = 64  # images that a worker process decodes at a time
 POLL, PATIENCE = 5, 300  # seconds between looks for a request to stop, and until missing images are an error
+GRACE = 15  # seconds that images are waited for after such a request; torchrun kills after 30
 STUCK = []  # iterators that are not to be collected: one would wait 5 seconds for each worker that hangs
 QUIET = rank_variable("LOCAL_RANK") > 0  # the first of a machine's ranks speaks for all
 progress_bar = functools.partial(tqdm, leave=False, disable=QUIET or None)  # a bar where stderr is a terminal
@@ -417,6 +418,7 @@ class ImageNet:
 
     def wait(self, answers):
         """Wait for a chunk. Raises UserError if none comes, KeyboardInterrupt if a signal asked to stop."""
+        stopping = 0
         for _ in range(math.ceil(PATIENCE / POLL)):
             try:
                 if problem := next(answers):
@@ -426,7 +428,8 @@ class ImageNet:
                 problem = str(error).partition("\n")[0]
                 if not problem.startswith("DataLoader"):
                     raise
-            if stop_asked or "timed out" not in problem:
+            stopping += POLL * bool(stop_asked)
+            if stopping > GRACE or "timed out" not in problem:
                 break
         else:
             problem = f"nothing for {PATIENCE} seconds"

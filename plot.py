@@ -209,7 +209,7 @@ class Scale:
         ordered = sorted(values, reverse=sign > 0)
         best, worst = ordered[0], ordered[-1]
         good, span = abs(best - ordered[3 * len(ordered) // 5]), abs(best - worst) or 1.0
-        self.best, self.worst, self.knee, self.zoomed = best, worst, worst, 0 < good < 0.3 * span
+        self.best, self.worst, self.knee, self.zoomed = best, worst, worst, 0 < good < 0.1 * span
         if self.zoomed:  # the better three fifths, up to a round number
             step = 10.0 ** math.floor(math.log10(good))
             self.knee = step * (math.floor if sign > 0 else math.ceil)((best - sign * good) / step)
@@ -444,14 +444,22 @@ def header_of(section):
     return f"Layers|B|Method|{accuracy}|Paper|Rate|Paper|Training loss|Paper|Rate|Seeds|Diverged".split("|")
 
 
+def figure_text(result, rates):
+    """A result's number, or its optimal rate, and where that was found on the edge of the rates."""
+    if not result.best:
+        return result.grid.failure
+    number_text, rate = best_text(result.grid, result.metric)
+    edge = f" **({result.best.edge} tried)**" if result.best.edge and not rates else ""
+    return rate if rates else number_text + edge
+
+
 def figure_table(section, target):
     """Header and rows of a figure: each method's numbers, or optimal rates, at each batch size."""
     found = [(metric, section.shown(target, metric)) for metric in section.setup.metrics]
     sizes, rows = sorted({result.x for _, lines in found for line in lines.values() for result in line}), []
     for metric, lines in found:
         for method, line in lines.items():
-            told = {result.x: (result, best_text(result.grid, metric)[target.rates]) for result in line}
-            texts = {x: text if result.best else result.grid.failure for x, (result, text) in told.items()}
+            texts = {result.x: figure_text(result, target.rates) for result in line}
             rows.append([label_of(section, metric), name_of(method), *(texts.get(x, "–") for x in sizes)])
     return ["", "Batch size", *sizes], rows
 
@@ -477,8 +485,10 @@ def print_table(sections, name):
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
         parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
-    nothing = f"{target.title}: nothing was run at its depths and batch sizes yet (bash sweep.sh {name})"
-    return "\n\n".join(parts) or nothing
+    axis = "depths" if target.deep else "batch sizes"
+    nothing = f"{target.title}: fewer than {target.least} of its {axis} were run" if target.least > 1 else ""
+    nothing = nothing or f"{target.title}: nothing was run yet"
+    return "\n\n".join(parts) or f"{nothing} (bash sweep.sh {name}); the report shows all runs"
 
 
 def caption_of(section, target):

@@ -49,14 +49,15 @@ def number(kind, low, high):
                 value = float(value) ** int(exponent)
         except (OverflowError, ZeroDivisionError):
             value = math.inf
+        except ValueError:
+            value = math.nan
         if not low <= value < high or value != kind(value):
-            what = "whole number" if kind is int else "number"
+            what = "whole number" if kind is int else "number, such as 0.25 or 2^-2,"
             raise argparse.ArgumentTypeError(
                 f"should be a {what} of at least {low} and below {high}, not {text}"
             )
         return kind(value)
 
-    parse.__name__ = kind.__name__  # argparse names it where kind() fails: invalid float value
     return parse
 
 
@@ -167,10 +168,10 @@ def find_device(name: str | None) -> torch.device:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # else 16 streams of runs share 8 queues
     own = f"cuda:{rank_variable('LOCAL_RANK')}"
     default = own if torch.cuda.is_available() else "cpu"
+    if (name or default).partition(":")[0] not in ("cpu", "cuda"):
+        raise OwnError(f"--device {name}: should be cpu, cuda, or cuda:N")
     try:
         device = torch.device(own if name == "cuda" else name or default)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
         if device.type == "cuda" and device.index >= torch.cuda.device_count():
             torch.zeros(1, device=device)  # PyTorch says why
     except (RuntimeError, AssertionError) as error:
@@ -284,7 +285,7 @@ def make_point(
     method = METHODS[args.init]
     defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
     defaults["dampening"] = args.momentum
-    defaults |= {"alpha": 0.0 if method.scalar else None, "precision": "float32"}
+    defaults |= {"alpha": method.alpha if method.scalar else None, "precision": "float32"}
     defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm == "batch" else None
     defaults["dropout"] *= method.dropout
     flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
@@ -348,6 +349,9 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
         except FileNotFoundError:
             pass
         except BlockingIOError:
+            if is_running(path):
+                file.close()
+                return None
             time.sleep(0.01)
         except UserError:
             if is_new:
@@ -383,8 +387,8 @@ def is_running(path: Path) -> bool:
 # ---------------------------------------------------------------------------------------- plan and status
 
 
-def describe(script, point: Point, args, classes: int) -> str:
-    """A line that says what is trained: net, size, batch, budget, rates, seeds, precision and device."""
+def describe(script, point: Point, args, images: int, classes: int) -> str:
+    """A line that says what is trained: net, images, batch, budget, rates, seeds, precision and device."""
     key = point.rates[0], point.seeds[0]
     with torch.device("meta"):
         net = script.make_net(point.config(key), classes)
@@ -393,8 +397,8 @@ def describe(script, point: Point, args, classes: int) -> str:
     rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
     rates += "" if args.lr else " (the default)"
-    text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {classes} classes: "
-    text += f"B {point.shared['bs']}, {epochs}, {rates}, {seeds}, {point.shared['precision']}"
+    text = f"{point.prefix} {point.shared['init']}, {weights:,} parameters, {images:,} images of {classes} "
+    text += f"classes: B {point.shared['bs']}, {epochs}, {rates}, {seeds}, {point.shared['precision']}"
     return f"{text} on {find_device(args.device)}"
 
 
@@ -408,10 +412,12 @@ def print_plan(script, point: Point, args):
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
     last = learning_rate(config["lr"], (steps - 1) * bs, budget, script.halvings)
     division = divide_batch(bs, config["ghost"], world, args.micro, find_device(args.device).type)
-    say(describe(script, point, args, classes))
+    say(describe(script, point, args, images, classes))
     constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)
-    say(f"{images:,} images: {steps:,} updates; after {constant:,} the rate is halved {halved:.0f} times")
-    text = f"{world} ranks, each {division.per_rank} images of a batch in passes of {division.micro}"
+    say(f"{steps:,} updates; after {constant:,} the rate is halved {halved:.0f} times")
+    text = (
+        f"{plural(world, 'rank')}, each {division.per_rank} images of a batch in passes of {division.micro}"
+    )
     text += f", ghost batches of {division.ghost}" if division.ghost else ""
     say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
     say(f"{plural(plan.planned, 'run')} planned, {len(point.found)} of them done:")

@@ -96,6 +96,8 @@ def say_failures(failures):
         say(f"failed: {reason}")
         for failure in same:
             say(f"  {failure.line}\n  (log: {failure.log})")
+    if failures:
+        say("the same sweep tries them again")
 
 
 # ------------------------------------------------------------------------------------------------ counts
@@ -169,7 +171,13 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     Returns an exit code: 0 all runs are done, 1 a line failed, 2 all that failed were bad usage or data,
     75 some runs are missing.
     """
-    tasks = read_tasks([line for lines in targets.values() for line in lines], {})
+    lines = dict.fromkeys(line for lines in targets.values() for line in lines)
+    tasks = read_tasks([*lines], {})
+    if len(tasks) < len(lines):
+        raise UserError("a flag makes several lines the same: INITS, BATCHES or DEPTHS is what you want")
+    if missing := [task for task in tasks if task.plan.missing]:
+        script, flags = parse_line(missing[0].lines[0])
+        script.count_images(flags)  # a folder without images ends the sweep here, not each line
     folder = tasks[0].point.folder
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.planned for task in tasks), time.monotonic(), time.time()

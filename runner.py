@@ -320,13 +320,16 @@ def train_point(script, point: Point, args) -> int:
             say("loading the images ...")
             with signals_ask_to_stop(at_once=True):
                 data = load_on_all_ranks(script, args, device)
-            check_images(point, data)
-            say(describe(script, point, args, data.classes))
+            check_images(point, {"fingerprint": data.fingerprint})
+            say(describe(script, point, args, data.train_images, data.classes))
             commit()
             limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA streams
             with signals_ask_to_stop():
                 train_side_by_side(point, limit, script, args, data)
         plan = agreed(point.plan())
+    elif args.data == "folder" and args.data_dir.is_dir():
+        images, classes = script.count_images(args)  # to read them would take long
+        check_images(point, {"train_images": images, "classes": classes})
     if plan.missing:
         say(f"the rest is in the hands of other processes ({plural(len(plan.missing), 'run')})")
         return 76
@@ -337,11 +340,11 @@ def train_point(script, point: Point, args) -> int:
     return 0
 
 
-def check_images(point: Point, data):
-    """Raise UserError if a record of the point was made with other images."""
+def check_images(point: Point, ours: dict):
+    """Raise UserError if a record of the point was made with images of which not all of `ours` is true."""
     for key, record in point.found.items():
-        if record["data"]["fingerprint"] != data.fingerprint:
-            raise UserError(f"{point.path(key)} was made with other images: choose another --out")
+        if any(record["data"][name] != value for name, value in ours.items()):
+            raise UserError(f"{point.path(key)} was made with other images: choose another --data-name")
 
 
 def make_run(script, config: dict, data, args) -> Run:
@@ -363,7 +366,7 @@ def train_side_by_side(point: Point, limit: int, script, args, data):
     try:
         while True:
             if more:
-                limit, more = fill(point, jobs, limit, script, args, data)
+                limit, more = fill(point, jobs, limit, script, args, data), False
                 display.expect([job.run for job in jobs.values()])
             if not jobs:
                 return
@@ -393,17 +396,23 @@ def train_side_by_side(point: Point, limit: int, script, args, data):
             job.lock.close()
 
 
-def advance(job: Job) -> int | None:
-    """Train a run for a burst of updates: how many images these took, or None at the end of the run."""
+@contextlib.contextmanager
+def reading_images():
+    """What is wrong with images in here only this rank knows, which reads its share of them."""
     try:
-        with on_stream(job.run):
-            return next(job.training, None)
-    except UserError as error:  # in the images that this rank reads
+        yield
+    except UserError as error:
         raise OwnError(str(error)) from None
 
 
-def fill(point: Point, jobs: dict, limit: int, script, args, data) -> tuple[int, bool]:
-    """Start runs until `limit` are under way: how many of them fit, and False if none is left to start."""
+def advance(job: Job) -> int | None:
+    """Train a run for a burst of updates: how many images these took, or None at the end of the run."""
+    with on_stream(job.run), reading_images():
+        return next(job.training, None)
+
+
+def fill(point: Point, jobs: dict, limit: int, script, args, data) -> int:
+    """Start runs until `limit` are under way or none is left; returns the limit, lower if no more fit."""
     while len(jobs) < limit:
         free = free_memory(data.device)
         try:
@@ -414,14 +423,14 @@ def fill(point: Point, jobs: dict, limit: int, script, args, data) -> tuple[int,
             if not jobs:
                 raise UserError("one run does not fit into the device's memory: try --micro") from None
             say(f"the device's memory holds {plural(len(jobs), 'run')} at a time")
-            return len(jobs), True
+            return len(jobs)
         if job is None:
-            return limit, False
+            return limit
         jobs[key] = job
         left = free_memory(data.device)
         if left < 2 * (free - left):  # evaluation and other processes need some, too
-            return len(jobs), True
-    return limit, True
+            return len(jobs)
+    return limit
 
 
 def take_next(point: Point, jobs: dict):
@@ -532,7 +541,8 @@ def print_accuracy(script, point: Point, args):
     for path in map(point.path, asked):
         if not any(each.exists() for each in (weights_file(path), *checkpoint_files(path))):
             raise UserError(
-                f"--eval-only: there is neither {weights_file(path)} nor {checkpoint_files(path)[0]}"
+                f"--eval-only: there is neither {weights_file(path)}, which --save-weights leaves, "
+                f"nor {checkpoint_files(path)[0]}"
             )
     data = load_on_all_ranks(script, args, device)
     for key in asked:
@@ -543,7 +553,9 @@ def print_accuracy(script, point: Point, args):
             load_state(checkpoint_files(path)[0], run, state)
         else:
             raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
-        shares = ", ".join(f"{name} {share:.2%}" for name, share in run.evaluate().items())
+        with reading_images():
+            measured = run.evaluate()
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in measured.items())
         after = f" after {plural(run.updates, 'update')}" if run.updates else ""
         say(f"{point.title(key)}: {shares}{after}")
 

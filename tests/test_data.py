@@ -949,7 +949,7 @@ import numpy as np, torch
 import common, data
 signal.signal(signal.SIGTERM, lambda *_: common.stop_asked.append(1))
 data.decode = lambda path: time.sleep(600)
-data.POLL = 0.5
+data.POLL, data.GRACE = 0.5, 1
 sources, labels = np.array([b"absent.jpeg"] * 8), np.arange(8)
 images = data.ImageNet("x", (sources, labels), (sources, labels), "", torch.device("cpu"), 8, 32, 4)
 print("waiting", flush=True)
@@ -975,7 +975,10 @@ def test_a_signal_is_obeyed_while_waiting():
         assert (script.returncode, said) == (75, "") and time.monotonic() - began < 8
 
 
-def test_a_request_to_stop_does_not_lose_images_that_come(tmp_path):
+@pytest.mark.parametrize("seconds", [0, 0.2])
+def test_a_request_to_stop_does_not_lose_images_that_come(tmp_path, hang, seconds):
+    """Also where they come late: the update is finished, and saved."""
+    hang(seconds)
     images = open_folder(make_folder(tmp_path), workers=1)
     common.stop_asked.append(1)
     try:

@@ -309,6 +309,8 @@ def test_another_users_lock(tmp_path, monkeypatch):
     held = take_lock(path)
     monkeypatch.setattr(points, "open", own_files_only, raising=False)
     assert take_lock(path) is None and is_running(path)
+    began = time.monotonic()
+    assert not any(take_lock(path) for _ in range(10)) and time.monotonic() - began < 1  # at once
     held.close()
     path.with_suffix(".lock").touch()  # left by a process that was killed
     with take_lock(path):

@@ -26,6 +26,7 @@ from records import UserError, find_record
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.xdist_group("gpu")  # one process at a time: memory and time are measured
 
 # ------------------------------------------------------------------------------------------- any machine
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,7 +296,9 @@ def test_the_papers_numbers_are_light_marks_beside_its_data_and_network_only():
     assert any(line.paper for line in accuracy.lines) and "dampening 0" in section.title
     assert not any(line.paper for panel in (rate, *panels) for line in panel.lines)
     assert plot.table_of(section, TARGETS["table2"])[0].count("Paper") == 1
-    for changes in ({"data": "shapes"}, {"width": 1}):
+    (section,) = sections(truth, data="CIFAR-10 (JPEG)")  # nearly the same images
+    assert plot.table_of(section, TARGETS["table2"])[0].count("Paper") == 2
+    for changes in ({"data": "shapes"}, {"width": 1}, {"data": "CIFAR-100 (JPEG)"}):
         (section,) = sections(truth, **changes)
         assert not any(
             line.paper for row in plot.depth_panels(section) for panel in row for line in panel.lines
@@ -460,7 +463,7 @@ def test_same_bytes_each_time(tmp_path):
             "demo",
             ["Depth. All methods, batch size 16\nshapes, width 1, 2 epochs\n", "No Normalization"],
         ),
-        ("table4", ["Table 4: nothing was run at its depths and batch sizes yet (bash sweep.sh table4)"]),
+        ("table4", ["Table 4: nothing was run yet (bash sweep.sh table4)"]),
     ],
 )
 def test_a_table_as_text(results, capsys, monkeypatch, name, lines):
@@ -468,6 +471,28 @@ def test_a_table_as_text(results, capsys, monkeypatch, name, lines):
     plot.main()
     out = capsys.readouterr().out
     assert [text for text in lines if text not in out] == [] and "*" not in out
+
+
+def test_a_table_of_a_single_depth_or_batch_size_says_what_is_missing():
+    one_depth = {key: point for key, point in points().items() if key[0] == "deep" and key[2] == 16}
+    said = plot.print_table(sections(one_depth, width=1), "table2")
+    assert (
+        said
+        == "Table 2: fewer than 2 of its depths were run (bash sweep.sh table2); the report shows all runs"
+    )
+    said = plot.print_table(sections(wide(["bn", "none"], (64,))), "fig1")
+    assert said.startswith("Figure 1: fewer than 2 of its batch sizes were run")
+
+
+def test_an_optimum_on_the_edge_is_marked_in_figures_as_text():
+    (section,) = sections(
+        {key: p for key, p in points().items() if key[:2] == ("wide", "bn") and key[3] in (16, 64)}
+    )
+    lines = section.shown(TARGETS["fig1"])["bn"]
+    assert "tried" not in plot.figure_text(lines[0], False)
+    edge = replace(lines[0].best, edge="highest")
+    lines[0].best = lines[0].grid.optima[lines[0].metric] = edge
+    assert plot.figure_text(lines[0], False).endswith(" **(highest tried)**")
 
 
 def test_csv_has_a_row_for_each_run_and_epoch(tmp_path, monkeypatch, capsys):

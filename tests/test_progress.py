@@ -15,6 +15,7 @@ import pytest
 from test_sweep import printed
 
 import progress
+from records import UserError
 
 DATA = {"fingerprint": "x", "classes": 10, "train_images": 50_000, "test_images": 10_000}
 
@@ -75,7 +76,8 @@ def test_status_counts_points_and_runs(tmp_path, capsys):
     ]
     assert table1.split() == ["table1", "1/3", "1", "6", "1", "1", "12"]
     assert fig1.split() == ["fig1", "1/1", "0", "4", "0", "0", "4"]
-    assert failed == ["failed: error: no luck", f"  {lines[1]}", f"  (log: {tmp_path}/logs/b.log)"]
+    log, again = f"  (log: {tmp_path}/logs/b.log)", "the same sweep tries them again"
+    assert failed == ["failed: error: no luck", f"  {lines[1]}", log, again]
     assert len(head) == len(table1)
 
 
@@ -230,14 +232,26 @@ def test_watch_tells_failures_once_as_they_come_and_all_at_the_end(
                 for text, log in zip(lines, logs, strict=True)
                 for part in (f"  {text}", f"  (log: {log})")
             ),
+            "the same sweep tries them again",
         ]
     else:
         assert f"failed: killed by signal 9, perhaps out of memory (log: {logs[1]})" in said
-        assert said[-3:] == [
+        assert said[-4:] == [
             "failed: killed by signal 9, perhaps out of memory",
             f"  {lines[1]}",
             f"  (log: {logs[1]})",
+            "the same sweep tries them again",
         ]
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [("--data folder --data-dir nowhere", "nowhere"), ("--bs 32", "a flag makes several lines the same")],
+)
+def test_what_all_lines_have_wrong_ends_a_sweep_at_once(tmp_path, worker, monkeypatch, flags, problem):
+    lines = [line(tmp_path, "--lr", "2^-3", f"--bs {bs} {flags}") for bs in (16, 64)]
+    with pytest.raises(UserError, match=problem):
+        watch(lines, worker, [], monkeypatch)
 
 
 def test_nothing_to_do_is_said_at_once(tmp_path, worker, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_the_configuration_has_everything_resolved(tmp_path):
         ("--init nonsense", "argument --init: invalid choice"),
         ("--image-size 0", "argument --image-size: should be a whole number of at least 1 and below"),
         ("--workers=-1", "argument --workers: should be a whole number of at least 0 and below"),
-        ("--lr 0", "argument --lr: should be a number of at least 1e-12 and below 1e+30, not 0"),
+        ("--lr 0", "argument --lr: should be a number, such as 0.25 or 2^-2, of at least 1e-12"),
         ("--stride-on 7x7", "argument --stride-on: invalid choice"),
         ("--train-size 8", "unrecognized arguments: --train-size 8"),
         ("--init bn --bs 17 --ghost 16", "--bs 17 should be a multiple of --ghost 16, or smaller"),
@@ -150,9 +150,9 @@ def test_the_plan_is_the_papers(tmp_path, capsys, monkeypatch):
     flags = "--data shapes --arch v1 --init bn --bs 512 --lr 2^-2 2^-1 --micro 64 --dry-run --out"
     assert script(flags, tmp_path) == 0
     plan = capsys.readouterr().out
-    size = f"{25_557_032 - 990 * 2049:,} parameters, 10 classes"  # the paper has 1,000
+    size = f"{25_557_032 - 990 * 2049:,} parameters, 1,280,000 images of 10 classes"
     assert f"resnet50-v1 bn, {size}: B 512, 90 epochs, 2 rates 2^-2 to 2^-1, seed 0, float32 on cpu" in plan
-    assert "1,280,000 images: 225,000 updates; after 112,500 the rate is halved 9 times" in plan
+    assert "\n225,000 updates; after 112,500 the rate is halved 9 times" in plan
     assert "8 ranks, each 64 images of a batch in passes of 64, ghost batches of 256 over 4 ranks" in plan
     assert (
         plan.count("missing") == 2 and f"{tmp_path}/shapes/resnet50-v1_bn_bs512_lr2^-2_ep90_s00.json" in plan
@@ -165,8 +165,8 @@ def test_a_plan_counts_the_images_and_classes_of_the_folder(tmp_path, capsys):
     flags = "--arch v1 --bs 2 --epochs 4 --dry-run --data-dir"
     assert script(flags, tmp_path / "photographs") == 0
     plan = capsys.readouterr().out
-    assert "B 2, 4 epochs, rate 2^-7 (the default), seed 0" in plan and "9 images: 18 updates" in plan
-    assert f"{25_530_488 - 997 * 2049:,} parameters, 3 classes" in plan
+    assert "B 2, 4 epochs, rate 2^-7 (the default), seed 0" in plan and "\n18 updates" in plan
+    assert f"{25_530_488 - 997 * 2049:,} parameters, 9 images of 3 classes" in plan
     assert script(flags, tmp_path / "absent") == 2
     assert capsys.readouterr().err.count("\n") == 1
 

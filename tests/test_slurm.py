@@ -13,6 +13,8 @@ import pytest
 from standin import noted
 from test_sweep import environment, fake, logs, make_sandbox, sweep, wait_for
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one node is all there is
+
 
 @pytest.fixture
 def sandbox(tmp_path):

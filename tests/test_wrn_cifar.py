@@ -20,6 +20,7 @@ import data
 import resnet_imagenet
 import runner
 import wrn_cifar
+from records import UserError
 
 HERE = Path(wrn_cifar.__file__).resolve().parent
 README = (HERE / "README.md").read_text()
@@ -104,6 +105,19 @@ def test_a_record_of_another_run_is_an_error(tmp_path, capsys):
     path.write_text(json.dumps(record | {"data": record["data"] | {"fingerprint": "other"}}))
     assert script("--seeds", 2, "--out", tmp_path) == 2
     assert "other images" in capsys.readouterr().err
+
+
+def test_a_folder_with_another_number_of_images_is_not_taken_for_the_one_before(tmp_path, capsys):
+    """Folders of one name have the same records; all images are read only where a run is missing."""
+    for folder, number in (("one", 3), ("two", 4)):
+        make_folder(tmp_path / folder / "mine", images=number)
+    flags = (
+        f"--depth 10 --width 1 --bs 2 --epochs 1 --device cpu --out {tmp_path}/out --data folder --data-dir"
+    )
+    for folder, code in (("one", 0), ("gone", 0), ("two", 2)):
+        capsys.readouterr()
+        assert script(tmp_path / folder / "mine", flags=flags) == code
+    assert capsys.readouterr().err.endswith("was made with other images: choose another --data-name\n")
 
 
 def half_records(record: dict) -> list[str]:
@@ -335,7 +349,8 @@ def test_classes_come_from_the_data(tmp_path, classes, capsys):
     flags = f"--data folder --data-dir {folder} --depth 10 --width 1 --bs 6 --epochs 1 --device cpu --amp off"
     flags += f" --init none --out {tmp_path / 'out'}"
     assert script("--dry-run", flags=flags) == 0
-    size = f"{77_360 + 64 * (classes - 10):,} parameters, {classes} classes"  # the classifier has no bias
+    size = f"{77_360 + 64 * (classes - 10):,} parameters"  # the classifier has no bias
+    size += f", {3 * classes} images of {classes} classes"
     assert size in capsys.readouterr().out
     assert script(flags=flags) == 0
     assert size in capsys.readouterr().out
@@ -403,6 +418,17 @@ def test_eval_only_prints_the_accuracy_of_weights_and_of_checkpoints(trained, tm
     assert script("--eval-only", "--out", tmp_path / "none", flags=flags) == 2
     assert "--eval-only: there is neither" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_an_image_that_one_rank_cannot_read_is_told_by_that_rank(trained, monkeypatch, capsys):
+    def fail(run):
+        raise UserError("rank 1 reads it")
+
+    _, flags, _ = trained
+    monkeypatch.setattr(common.Run, "evaluate", fail)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # not the first, which tells the errors of all
+    assert script("--eval-only", flags=flags) == 2
+    assert capsys.readouterr().err == "error: rank 1 reads it\n"
 
 
 def test_eval_only_beside_a_run_that_diverged_and_of_one_that_goes_on(tmp_path, capsys, monkeypatch):
@@ -481,9 +507,19 @@ def test_another_norm_is_a_row_and_a_line(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     affine = 2 * (16 + 16 + 16 + 32 + 32 + 64 + 64)  # two for each channel of each norm
-    assert f"wrn10-1 gn, {77_370 + affine:,} parameters, 10 classes" in done.stdout
+    assert f"wrn10-1 gn, {77_370 + affine:,} parameters, 1,000 images of 10 classes" in done.stdout
     name = "wrn10-1_gn_bs500_lr2^-2_ep1_trainsize1000_s00"  # 500 is no multiple of 64: no ghost batches
     assert list(all_records(tmp_path / "results")) == [name]
+
+
+def test_a_row_with_another_alpha_is_trained_with_it(monkeypatch):
+    monkeypatch.setitem(common.METHODS, "one", common.Method(scalar=True, alpha=1.0))
+    monkeypatch.setattr(wrn_cifar, "INITS", ["one"])
+    for flags, alpha, suffix in (("", 1.0, ""), ("--alpha 0", 0.0, "_alpha0"), ("--alpha 2", 2.0, "_alpha2")):
+        flags = f"--init one --width 1 --amp off {flags}"
+        net = wrn_cifar.make_net(point(flags).config((1.0, 0)), 10)
+        assert {block.scale.item() for block in net.blocks} == {alpha}
+        assert name(flags) == f"wrn16-1_one_bs64_lr2^-2_ep200{suffix}_s00"
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -523,7 +559,8 @@ def test_a_terminal_shows_how_far_it_is_and_keeps_a_line_for_each_run(tmp_path, 
     look = r"\[[01]/2\] epoch \d/4 loss \d\.\d{3} test \d+\.\d% .* [\d.]+k? images/s, [\d:]+ left"
     assert any(re.fullmatch(look, bar.strip()) for bar in bars)
     about = (
-        "wrn10-1 zeroinit, 77,709 parameters, 10 classes: B 32, 4 epochs, rate 2^-3, seeds 0 to 1, float32"
+        "wrn10-1 zeroinit, 77,709 parameters, 96 images of 10 classes: "
+        "B 32, 4 epochs, rate 2^-3, seeds 0 to 1, float32"
     )
     assert screen[:2] == ["loading the images ...", f"{about} on cpu"]
     for seed, line in enumerate(screen[2:4]):
