@@ -40,10 +40,10 @@ class Row:
     high: float = 0.0
 
 
-def read_records(folder: Path) -> list[dict]:
-    """The records of speed in a folder, the newest first; prints a line for each file that is none."""
+def read_records(folders: set[Path]) -> list[dict]:
+    """The records of speed in folders, the newest first; prints a line for each file that is none."""
     found = []
-    for path in folder.glob("[!.]*.json"):
+    for path in (path for folder in sorted(folders) for path in folder.glob("[!.]*.json")):
         try:
             record = json.loads(path.read_text())
             rows = [Row(**row) for row in record["rows"]]
@@ -99,7 +99,7 @@ def find_speed(records: list[dict], config: dict, flags, bs: float):
         elif speed := speed_of(record, config, flags, bs):
             return record, speed
         else:
-            method = f"{config['init']} of "  # others were measured
+            method = f"--init {config['init']} of "  # others were measured
     command = "python speed.py" + (" --model resnet50-v2" if config["model"] == "resnet50" else "")
     command += f" --amp {config['precision']}" if config["precision"] != "float32" else ""
     command += " --compile" if flags.compile else ""
@@ -120,11 +120,13 @@ def hours_of_a_run(script, flags, config: dict, record: dict, speed: float, know
 def cost(folder: Path):
     """Print points, planned runs and hours of the command lines on stdin, by their targets.
 
-    Raises UserError if no record tells the hours of any.
+    The records of speed are those in `folder` and beside the lines' own results. Raises UserError if none
+    tells the hours of any.
     """
-    records, known, targets, notes = read_records(folder), {}, {}, {}
-    for target, line in ((target, line) for target, lines in read_lines().items() for line in lines):
-        script, flags = parse_line(line)
+    parsed = [(target, line, *parse_line(line)) for target, lines in read_lines().items() for line in lines]
+    records = read_records({folder, *(flags.out / "speed" for *_, flags in parsed)})
+    known, targets, notes = {}, {}, {}
+    for target, line, script, flags in parsed:
         ranks = re.search(r"nproc.per.node.(\d+)", line)
         point, hours = script.make_point(flags), math.nan
         config = point.config((point.rates[0], point.seeds[0]))

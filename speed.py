@@ -315,6 +315,9 @@ def print_table(record: dict):
         print(f"{check['value']:10,.2f} (at least {check['least']:,}: {met})  {check['what']}")
 
 
+WORDS = {"plain": "plain PyTorch loop", "captured": "CUDA graphs", "concurrent": "many runs at once"}
+
+
 def draw(record: dict, path: Path):
     """Draw images per second against the batch size, with bars from lowest to highest, for each method."""
     import matplotlib.pyplot as plt
@@ -329,7 +332,8 @@ def draw(record: dict, path: Path):
             its = [row for row in ways[way] if row.method == method]
             x, y = [row.bs for row in its], [row.images_per_second for row in its]
             bars = [[r.images_per_second - r.low for r in its], [r.high - r.images_per_second for r in its]]
-            panel.errorbar(x, y, bars, label=", ".join(way), marker=marker, capsize=3)
+            label = f"{WORDS.get(way[0], way[0])}, {way[1]}"
+            panel.errorbar(x, y, bars, label=label, marker=marker, capsize=3)
         panel.set(title=method, xlabel="batch size", yscale="log")
         panel.set_xscale("log", base=2)
     sizes = [row.bs for row in record["rows"]]

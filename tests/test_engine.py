@@ -104,6 +104,15 @@ def train_all(out, flags, **options):
     return {path.stem: json.loads(path.read_text()) for path in Path(out).glob("shapes/*.json")}
 
 
+def test_the_search_is_replayed_only_where_a_run_starts_or_ends(tmp_path, monkeypatch):
+    """On a network disk a look at all records that are missing takes long."""
+    looks = []
+    real = runner.Display.expect
+    monkeypatch.setattr(runner.Display, "expect", lambda *args: (looks.append(1), real(*args)))
+    assert len(train_all(tmp_path, "--seeds 3 --concurrent 2 --eval-every 2")) == 3
+    assert len(looks) <= 4
+
+
 def without_seconds(history):
     """A history without what differs from time to time."""
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]

@@ -67,7 +67,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch)
     monkeypatch.setattr(speed, "measure", measure)
     words = f"{TINY} --batches 4 8 --out {tmp_path}".split()
     assert runner.exit_code(lambda: speed.main(words)) == 75
-    (record,) = cost.read_records(tmp_path / "speed")
+    (record,) = cost.read_records({tmp_path / "speed"})
     assert record["rows"] == [row("bn", 4, "eager", 10)]
 
 
@@ -76,7 +76,7 @@ def test_resnet50_is_measured(tmp_path):
         "--model resnet50-v2 --image-size 32 --methods zeroinit --batches 2 --rounds 1 --seconds 0 --amp off"
     )
     speed.main([*words.split(), "--device", "cpu", "--out", str(tmp_path)])
-    (record,) = cost.read_records(tmp_path / "speed")
+    (record,) = cost.read_records({tmp_path / "speed"})
     assert [(r.method, r.bs, r.engine) for r in record["rows"]] == [("zeroinit", 2, "eager")]
     assert record["model"] == "resnet50-v2"
 
@@ -201,7 +201,7 @@ def write_record(folder, model, rows, made="2026-01-01 00:00:00 UTC", device=Non
     work = {"wrn16-4": wide_resnet_work(4), "resnet50-v2": 4.09e9}[model]
     record = {"kind": "speed", "made": made, "model": model, "multiplications": work}
     record |= {"device": device or points.device_name(CPU), "rows": [vars(r) for r in rows]}
-    (folder / "speed").mkdir(exist_ok=True)
+    (folder / "speed").mkdir(parents=True, exist_ok=True)
     (folder / "speed" / f"{name or model}.json").write_text(json.dumps(record))
 
 
@@ -271,6 +271,15 @@ def test_cost_of_a_reduced_protocol(tmp_path, capsys):
     found, _ = cost_of(tmp_path, capsys, exact)
     hours = 100 * 4096 / 10 * wide_resnet_work(4, 16) / wide_resnet_work(4) / 3600
     assert found["these"] == pytest.approx([1, 6, 6 * hours, 6, 6 * hours], abs=0.05)
+
+
+def test_cost_by_records_beside_the_results(tmp_path, capsys):
+    write_record(tmp_path / "mine", "wrn16-4", [row("none", 64, "eager", 100)])
+    line = "wrn_cifar.py --init none --bs 64 --epochs 9 --amp off --device cpu"
+    found, _ = cost_of(tmp_path, capsys, f"{line} --out {tmp_path}/mine")
+    assert found["these"][2] == pytest.approx(9 * 50_000 / 100 / 3600, abs=0.05)
+    with pytest.raises(UserError, match="no record tells the speed of --init bn of wrn in float32"):
+        cost_of(tmp_path, capsys, f"{line} --init bn --out {tmp_path}/mine")
 
 
 def test_cost_of_resnet50(tmp_path, capsys):
