@@ -275,9 +275,9 @@ def test_cost_of_a_reduced_protocol(tmp_path, capsys):
 
 def test_cost_by_records_beside_the_results(tmp_path, capsys):
     write_record(tmp_path / "mine", "wrn16-4", [row("none", 64, "eager", 100)])
-    line = "wrn_cifar.py --init none --bs 64 --epochs 9 --amp off --device cpu"
+    line = "wrn_cifar.py --init none --bs 64 --epochs 18 --amp off --device cpu"
     found, _ = cost_of(tmp_path, capsys, f"{line} --out {tmp_path}/mine")
-    assert found["these"][2] == pytest.approx(9 * 50_000 / 100 / 3600, abs=0.05)
+    assert found["these"][2] == pytest.approx(18 * 50_000 / 100 / 3600, abs=0.05)
     with pytest.raises(UserError, match="no record tells the speed of --init bn of wrn in float32"):
         cost_of(tmp_path, capsys, f"{line} --init bn --out {tmp_path}/mine")
 
