@@ -175,9 +175,6 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
     tasks = read_tasks([*lines], {})
     if len(tasks) < len(lines):
         raise UserError("a flag makes several lines the same: INITS, BATCHES or DEPTHS is what you want")
-    if missing := [task for task in tasks if task.plan.missing]:
-        script, flags = parse_line(missing[0].lines[0])
-        script.count_images(flags)  # a folder without images ends the sweep here, not each line
     folder = tasks[0].point.folder
     done, counted, told = sum(len(task.point.found) for task in tasks), 0.0, set()
     most, began, since = sum(task.plan.planned for task in tasks), time.monotonic(), time.time()
@@ -185,6 +182,9 @@ def watch(targets: dict[str, list[str]], workers: list[int]) -> int:
         f"{', '.join(targets)}: {plural(len(tasks), 'point')}, {plural(most, 'run')} planned, "
         f"{done} of them done; {plural(len(workers), 'worker')}"
     )
+    if missing := [task for task in tasks if task.plan.missing]:
+        script, flags = parse_line(missing[0].lines[0])
+        script.count_images(flags)  # a folder without images ends the sweep here, not each line
     alive = True
     while alive and any(task.plan.missing for task in tasks):
         time.sleep(INTERVAL)
