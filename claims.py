@@ -332,12 +332,12 @@ def larger_rates(*lines):
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
 
 
-@claim("Fig. 2a", "bn", "none", high=32, runs=4, both=True)
-@claim("Fig. 2b", "bn", "none", metric=LOSS, high=32, runs=4, both=True)
+@claim("Fig. 2a", "bn", "none", low=1, high=32, runs=4, both=True)
+@claim("Fig. 2b", "bn", "none", metric=LOSS, low=1, high=32, runs=4, both=True)
 @claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True)
 @claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True)
 def rate_is_not_the_reason(*lines):
-    """Larger rates are not why normalization is better at small B (B ≤ {high}: better within a factor 4)."""
+    """Larger rates are not why normalization is better at small B ({low} to {high}: within a factor of 4)."""
     pairs = rows(*lines)
     return every(verdict for bn, none in pairs for verdict in (compare(bn, none), grows(none, bn, -2, 2)))
 
@@ -360,7 +360,7 @@ def keeps(result, shallow):
 
 @claim("Section 2", "none", "bn", least=2, start=16, reach=40, worst=True)
 def plain_fails_at_depth(none, bn):
-    """Batch Normalization enables depth: it trains the deepest network, the plain one fails (see Table 2)."""
+    """Batch Normalization enables depth (read as: the deepest network trains with it and not without)."""
     (plain, norm), *_, (deep_plain, deep_norm) = rows(none, bn)
     kept = keeps(deep_plain, plain)
     return every([{HOLDS: FAILS, FAILS: HOLDS}.get(kept, kept), keeps(deep_norm, norm)])
@@ -406,11 +406,12 @@ better("Fig. 3b", WHOLE, "zeroinit", metric=LOSS)
 for method in ("fixup", "zeroinit"):
     better("Table 4", method, "bn", "competitive (at most 0.5 points below) with", -0.005, high=1024)
     better("Table 4", "bn", method, "over 0.5 points better than", 0.005, low=4096)
+# The paper says so without a batch size; at 4096 its own numbers are 73.02 and 70.76.
 better("Table 4", "fixup", "zeroinit-nodropout", "comparable (0.5 points) to", -0.005, 0.005, high=1024)
 better("Table 5", "bn", "fixup", "slightly (at most 1.5 points) better than", 0.0, 0.015, high=1024)
 better("Table 5", "bn", "fixup", "considerably (over 1.5 points) better than", 0.015, low=4096)
-for method in ("bn", "fixup", "zeroinit+bias"):
-    better("Table 5", method, "zeroinit", "significantly (over 1 point) better than", 0.01)
+for method, word in (("bn", "significantly"), ("fixup", "significantly"), ("zeroinit+bias", "considerably")):
+    better("Table 5", method, "zeroinit", f"{word} (over 1 point) better than", 0.01)
 better("Table 5", "zeroinit+bias", "fixup", "at most 0.5 points below", -0.005, high=1024)
 CLAIMS.sort(key=lambda claim: ([*TARGETS].index(claim.target), claim.place))
 

@@ -430,8 +430,8 @@ def initialize(net: nn.Module, method: Method, base_init: str):
 def learning_rate(base: float, seen: int, budget: int, halvings: int = 10) -> float:
     """The rate after `seen` of `budget` images: constant for the first half, then halved `halvings` times.
 
-    The first halving comes half-way, the others follow evenly. The paper has 10 on CIFAR-10 (section 3:
-    epochs 100, 110, ..., 190 of 200) and 9 on ImageNet (section 5: epochs 45, 50, ..., 85 of 90).
+    The first halving comes half-way, the others follow evenly: as we read the paper, 10 on CIFAR-10
+    (section 3: epochs 100, 110, ..., 190 of 200) and 9 on ImageNet (section 5: epochs 45, 50, ..., 85 of 90).
     """
     past_half = 2 * seen - budget
     return base * 0.5 ** (1 + past_half * halvings // budget if past_half >= 0 else 0)

@@ -25,7 +25,7 @@ from records import ACCURACY
 
 HALVINGS = 9  # at 45, 50, ..., 85 of 90 epochs (section 5)
 PARTS = ("train", "val")  # folders of the data
-STRIDE_ON = {"v1": "1x1", "v2": "3x3"}  # He et al., 2016a and 2016b
+STRIDE_ON = {"v1": "1x1", "v2": "3x3"}  # He et al., 2016a; fb.resnet.torch (He et al., 2016b, have 1x1)
 
 
 def make_parser() -> Parser:

@@ -62,8 +62,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def expected_rate(init: str, bs: int) -> float:
     """The optimum to expect: in proportion to the batch size up to where Figure 2a saturates.
 
-    At B 64 it is that of Tables 2 and 3 at 16 layers. Without a scalar it is 2^-4, an eighth of batch norm's:
-    in the paper optimal rates at small B are similar, at width 1 (results/README.md) it is 2^-6.
+    At B 64 it is that of Tables 2 and 3 at 16 layers (ZeroInit without L2 has 2^-3 there). Without a scalar
+    it is 2^-4, an eighth of batch norm's: in the paper optimal rates at small B are similar, at width 1
+    (results/README.md) it is 2^-6.
     """
     method = METHODS[init]
     if method.norm:
