@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from paper import NAMES, NO_L2, SATURATION, SETUPS, TARGETS, WHOLE, Section, name_of
+from paper import FEWER_SEEDS, NAMES, NO_L2, SATURATION, SETUPS, TARGETS, WHOLE, Section, name_of
 from records import ACCURACY, LOSS, Metric, power
 
 # -------------------------------------------------------------------------------------------------- verdicts
@@ -122,6 +122,7 @@ class Claim:
     rates: bool = False  # about optimal rates, which are told in place of what they reach
     both: bool = False  # both are told
     worst: bool = False  # a result that trains at no rate is the worst; in other claims it drops out
+    paired: bool = False  # compares the methods at the batch sizes or depths that all of them have
     paper: bool = False  # about absolute numbers: only for the paper's data, network and budget
     leads: tuple = ()  # (by over, and up to): the lead nearest to failing is told in place of all numbers
 
@@ -245,7 +246,7 @@ def efficient_sizes(*lines):
 better("Fig. 1a", "zeroinit", "none")
 
 
-@claim("Fig. 1a", "zeroinit", "none", "bn", high=256, worst=True)
+@claim("Fig. 1a", "zeroinit", "none", "bn", high=256, worst=True, paired=True)
 def recovers_most(*lines):
     """ZeroInit recovers most of what Batch Normalization improves (over half of the gap) for B ≤ 256."""
     found = []
@@ -256,7 +257,7 @@ def recovers_most(*lines):
     return every(found)
 
 
-@claim("Fig. 1a", "zeroinit", "bn", high=256, runs=4, worst=True)
+@claim("Fig. 1a", "zeroinit", "bn", high=256, runs=4, worst=True, paired=True)
 def competitive(*lines):
     """ZeroInit is competitive with Batch Normalization for B ≤ 256 (deviation bars overlap, or it leads)."""
     return every(not_behind(zeroinit, bn, zeroinit.std + bn.std) for zeroinit, bn in rows(*lines))
@@ -267,9 +268,9 @@ better("Fig. 1b", "bn", "none", metric=LOSS)
 better("Fig. 1b", "bn", "zeroinit", metric=LOSS)
 
 
-@claim("Fig. 1b", "none", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True)
-@claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True)
-@claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, start=64, reach=1024, worst=True)
+@claim("Fig. 1b", "none", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
+@claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
+@claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
 def loss_degrades(*lines):
     """The training loss of {0} grows by a greater factor from the smallest to the largest B than {1}'s."""
     (more, less), *_, (more_end, less_end) = rows(*lines)
@@ -280,7 +281,7 @@ def loss_degrades(*lines):
     return decide(lead, error, more.open or less_end.open, more_end.open or less.open)
 
 
-@claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64, worst=True)
+@claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64, worst=True, paired=True)
 def similar_losses(*lines):
     """Losses without normalization are similar with and without ZeroInit (within 20% for B ≤ 64)."""
     pairs = rows(*lines) + rows(*lines[::-1])
@@ -304,10 +305,10 @@ def saturates(*lines):
     return every(grows(at(line, line[-1].x / 4), line[-1], high=0.9) for line in lines)
 
 
-@claim("Fig. 2a", *THREE, high=32, runs=4, rates=True)
-@claim("Fig. 2b", *THREE, metric=LOSS, high=32, runs=4, rates=True)
-@claim("Fig. 4a", *THREE_WHOLE, high=16, least=2, runs=4, rates=True)
-@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, high=16, least=2, runs=4, rates=True)
+@claim("Fig. 2a", *THREE, high=32, runs=4, rates=True, paired=True)
+@claim("Fig. 2b", *THREE, metric=LOSS, high=32, runs=4, rates=True, paired=True)
+@claim("Fig. 4a", *THREE_WHOLE, high=16, least=2, runs=4, rates=True, paired=True)
+@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, high=16, least=2, runs=4, rates=True, paired=True)
 def similar_rates(*lines):
     """All three have similar optimal rates at the same small B (within a factor of 4 for B ≤ {high})."""
     return every(grows(*pair, -2, 2) for row in rows(*lines) for pair in itertools.combinations(row, 2))
@@ -324,18 +325,18 @@ def saturation_rates(*lines):
     return every(found)
 
 
-@claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, runs=4, rates=True)
-@claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, runs=4, rates=True)
+@claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, runs=4, rates=True, paired=True)
+@claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, runs=4, rates=True, paired=True)
 def larger_rates(*lines):
     """At the largest B the optimal rate is larger with ZeroInit than without, largest with normalization."""
     bn, zeroinit, none = rows(*lines)[-1]
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
 
 
-@claim("Fig. 2a", "bn", "none", low=1, high=32, runs=4, both=True)
-@claim("Fig. 2b", "bn", "none", metric=LOSS, low=1, high=32, runs=4, both=True)
-@claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True)
-@claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True)
+@claim("Fig. 2a", "bn", "none", low=1, high=32, runs=4, both=True, paired=True)
+@claim("Fig. 2b", "bn", "none", metric=LOSS, low=1, high=32, runs=4, both=True, paired=True)
+@claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True, paired=True)
+@claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True, paired=True)
 def rate_is_not_the_reason(*lines):
     """Larger rates are not why normalization is better at small B ({low} to {high}: within a factor of 4)."""
     pairs = rows(*lines)
@@ -358,7 +359,7 @@ def keeps(result, shallow):
     return decide(result.score - floor + TINY, 0, result.open, shallow.open)
 
 
-@claim("Section 2", "none", "bn", least=2, start=16, reach=40, worst=True)
+@claim("Section 2", "none", "bn", least=2, start=16, reach=40, worst=True, paired=True)
 def plain_fails_at_depth(none, bn):
     """Batch Normalization enables depth (read as: the deepest network trains with it and not without)."""
     (plain, norm), *_, (deep_plain, deep_norm) = rows(none, bn)
@@ -389,7 +390,7 @@ reaches("Table 1", "A scalar multiplier is sufficient for an accuracy of 94% (ro
 reaches("Table 1", "ZeroInit reaches 94.4% (94.2% or more)", ("zeroinit",), 0.942)
 
 
-@claim("Table 1", "scalar", *OTHERS, metric=LOSS, worst=True)
+@claim("Table 1", "scalar", *OTHERS, metric=LOSS, worst=True, paired=True)
 def scalar_has_lowest_loss(*lines):
     """The scalar multiplier alone achieves the lowest training loss."""
     return every(compare(scalar, other) for scalar, *others in rows(*lines) for other in others)
@@ -470,8 +471,9 @@ def numbers(claim, lines):
         which += "" if one is table[0][0] else " that decides"
         among = f" ({which}, of {len(table)})" if len(table) > 1 else ""
         return f"{tell(one)} against {tell(two)} at {places(claim, [one])}{among}"
-    texts = []
+    texts, common = [], {row[0].x for row in table}
     for method, line in lines.items():
+        line = [result for result in line if result.x in common or not claim.paired]
         few = sorted({line[0], best_of(line), line[-1]}, key=lambda result: result.x)
         chosen = few if len(line) > 4 and not claim.rates and claim.high == math.inf else line
         told = ", ".join(tell(result, claim.rates, claim.both) for result in chosen)
@@ -492,8 +494,11 @@ def sweeps(claim, methods, grid="", flags=""):
     return start + end
 
 
-def command(section, claim, methods, xs=()):
-    """The sweep that makes the runs of a claim's methods, with the flags of a section's protocol."""
+def command(section, claim, methods, xs=(), rates=(), seeds=0):
+    """The sweep that makes the runs of a claim's methods, with the flags of a section's protocol.
+
+    It searches, unless it is for some rates that have fewer seeds than others.
+    """
     target, config, words = TARGETS[claim.target], section.config, []
     if config.get("width") != target.width:
         words.append(f"--width {config['width']}")
@@ -509,10 +514,17 @@ def command(section, claim, methods, xs=()):
         flag = f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
         folder = f"--data folder --data-dir DIR --data-name {shlex.quote(str(value))}"
         words.append(named.get(value, folder) if option == "data" else flag)
+    if target.version and "data" not in section.differences:  # its folder may have any name
+        words.append(f"--data-dir DIR --data-name {shlex.quote(config['data'])}")
     precision = config.get("precision", "float32")
     words.append(f"--amp {'off' if precision == 'float32' else precision}")
     sizes = " ".join(map(str, sorted(xs)))
     grid = f'{"DEPTHS" if target.deep else "BATCHES"}="{sizes}" ' if xs else ""
+    if rates:
+        grid += f'LRS="{" ".join(map(power, sorted(rates)))}" '
+        if set(methods) <= set(target.methods) and claim.target != "table3":  # which has no choice
+            grid += f'INITS="{" ".join(methods).replace(WHOLE, "bn")}" '
+        words.append(f"--seeds {seeds}")
     return sweeps(claim, methods, grid, f" {' '.join(words)}")
 
 
@@ -520,8 +532,10 @@ def lacking(section, claim, lines, tried):
     """What is missing to judge a claim, in words, and whether at the batch sizes or depths run so far."""
     deep, reach = TARGETS[claim.target].deep, claim.reach
     axis, reach = "depth" if deep else "batch size", reach if section.budget or deep else reach / 4
-    if absent := [name_of(method) for method in claim.methods if not tried[method]]:
-        return f"not run: {', '.join(absent)}", True
+    if absent := [method for method in claim.methods if not tried[method]]:
+        few = {*absent} <= {grid.method for grid in section.grids}
+        reason = f"run at fewer than {TARGETS[claim.target].least} {axis}s" if few else "not run"
+        return f"{reason}: {', '.join(map(name_of, absent))}", True
     if not all(lines.values()):
         return "an optimal rate of each is needed", False
     common = [row[0].x for row in rows(*lines.values())]
@@ -568,12 +582,15 @@ def judge(section, claim):
     why = {result.open: [] for result in edges}
     for result in edges:
         why[result.open].append(f"{name_of(result.grid.method)} at {places(claim, [result])}")
-    failed = not all(result.best for result in results)
+    failed = sum(not result.best for result in results) > 1
     reason = "more than one of them trains at no rate" if failed else "the range is too small"
     reason = "; ".join(f"{key}: {', '.join(found)}" for key, found in why.items()) or reason
     xs = {result.x for result in edges} if target.least > 1 else ()  # one batch size, or the paper's three
     needed = [method for method in claim.methods if any(result.open for result in lines[method])]
-    return replace(answer, reason=reason, command=command(section, claim, needed or claim.methods, xs))
+    rates = {rate for result in edges for rate in result.unfinished} if set(why) == {FEWER_SEEDS} else ()
+    seeds = max(result.grid.reached(claim.metric).runs for result in edges) if rates else 0
+    decides = command(section, claim, needed or claim.methods, xs, rates, seeds)
+    return replace(answer, reason=reason, command=decides)
 
 
 def judge_all(sections):

@@ -193,6 +193,7 @@ class Grid:
         return "at chance" if self.reached(ACCURACY) else "diverged"
 
 
+FEWER_SEEDS = "a rate with fewer seeds could be better"
 BEST_ONLY = 1.22  # the mean of the best 80% of normal numbers varies more than their deviation tells
 
 
@@ -226,8 +227,11 @@ class Result:
                 self.error = max(self.error, single / math.sqrt(len(best.kept)))
         elif few_rates(grid, rates):
             self.open = "none of a few rates trains"
-        if (reached := grid.reached(metric)) and reached.rival:
-            self.open = "a rate with fewer seeds is better"
+        self.unfinished = reached.unfinished if (reached := grid.reached(metric)) else []
+        if self.unfinished:
+            self.open = FEWER_SEEDS
+        if self.best and self.open and (self.unfinished or not self.best.edge):
+            self.up = self.down = True  # the optimal rate may be another
 
 
 def far_neighbour(rate, rates):
@@ -354,4 +358,6 @@ def make_sections(records):
     for key, members in sections.items():
         images = f", images {key[1][:8]}" if same[titles[key]] > 1 else ""
         found.append(Section(titles[key] + images, members))
-    return sorted(found, key=lambda s: (len(s.differences), -s.config["epochs"], s.title))
+    own_width = {section: section.config.get("width") in (None, 2, 4) for section in found}  # the paper's
+    order = {s: (len(s.differences), not own_width[s], -s.config["epochs"], s.title) for s in found}
+    return sorted(found, key=order.get)

@@ -250,8 +250,8 @@ def rate_text(rate):
     return f"$2^{{{math.log2(rate):.0f}}}$" if math.log2(rate).is_integer() else power(rate)
 
 
-def set_x(axes, label, xs):
-    """Scale and ticks of the x axis; batch sizes and depths are plain numbers."""
+def set_x(axes, label, xs, room):
+    """Scale and ticks of the x axis, with room at its ends; batch sizes and depths are plain numbers."""
     if label is EPOCH:
         return axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xscale("log", base=2)
@@ -262,7 +262,7 @@ def set_x(axes, label, xs):
         shown = xs[:: math.ceil(len(xs) / 7)]
         axes.set_xticks(shown, [f"{x:g}" for x in shown])
     axes.minorticks_off()
-    pad = max(1.3, (xs[-1] / xs[0]) ** 0.06)
+    pad = max(1.3, room, (xs[-1] / xs[0]) ** 0.06)
     axes.set_xlim(xs[0] / pad, xs[-1] * pad)
 
 
@@ -324,11 +324,11 @@ def draw_panel(axes, panel, panels, methods, looks):
     xs = sorted({mark.x for other in beside for line in other.lines for mark in line.marks})
     marks = [mark for other in alike for line in other.lines for mark in line.marks if mark.y is not None]
     lost = [{line.method for line in p.lines for mark in line.marks if mark.y is None} for p in alike]
-    set_x(axes, panel.xlabel, xs)
+    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in (DEPTH, SIZE) else 0
+    set_x(axes, panel.xlabel, xs, 2 ** (wide * len(methods) / 2 + 0.15))
     ys = [y for mark in marks for y in (mark.y - mark.down, mark.y, mark.y + mark.up)]
     set_y(axes, panel.metric, ys, max(map(len, lost)))
     lanes = sorted(lost[alike.index(panel)], key=methods.index)
-    wide = 0.012 * math.log2(xs[-1] / xs[0]) if panel.xlabel in (DEPTH, SIZE) else 0
     for layer, line in enumerate(panel.lines, 2):
         # marks at the same place stand side by side
         shift = 2 ** (wide * (methods.index(line.method) - (len(methods) - 1) / 2))
@@ -400,6 +400,12 @@ def plain(header, rows):
     return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
+def doubt(best):
+    """Why another rate may be the optimal one."""
+    words = [f"{best.edge} tried"] * bool(best.edge) + ["fewer seeds beside it"] * bool(best.unfinished)
+    return f" **({', '.join(words)})**" if words else ""
+
+
 def best_text(grid, metric):
     """A grid's number and its optimal rate with the bracket of tied rates."""
     best = grid.best(metric)
@@ -410,7 +416,7 @@ def best_text(grid, metric):
     if None not in top5:
         text += f" / {100 * sum(top5) / len(top5):.2f}"
     bracket = f" ({power(best.tied[0])} – {power(best.tied[-1])})" if len(best.tied) > 1 else ""
-    return text, power(best.rate) + bracket + (f" **({best.edge} tried)**" if best.edge else "")
+    return text, power(best.rate) + bracket + doubt(best)
 
 
 def paper_text(cell, digits):
@@ -445,12 +451,11 @@ def header_of(section):
 
 
 def figure_text(result, rates):
-    """A result's number, or its optimal rate, and where that was found on the edge of the rates."""
+    """A result's number, or its optimal rate, and why that may be another."""
     if not result.best:
         return result.grid.failure
     number_text, rate = best_text(result.grid, result.metric)
-    edge = f" **({result.best.edge} tried)**" if result.best.edge and not rates else ""
-    return rate if rates else number_text + edge
+    return rate if rates else number_text + doubt(result.best)
 
 
 def figure_table(section, target):
@@ -487,7 +492,7 @@ def print_table(sections, name):
         parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
     axis = "depths" if target.deep else "batch sizes"
     nothing = f"{target.title}: fewer than {target.least} of its {axis} were run" if target.least > 1 else ""
-    nothing = nothing or f"{target.title}: nothing was run yet"
+    nothing = nothing or f"{target.title}: nothing was run{'' if target.version else ' at 16 layers'} yet"
     return "\n\n".join(parts) or f"{nothing} (bash sweep.sh {name}); the report shows all runs"
 
 
@@ -506,8 +511,9 @@ in brackets are tied with it. *Edge*: that rate is the lowest or highest tried. 
 more rates or seeds could overturn is undecided. Tied: the difference is below its standard error (of
 a single run: that of an accuracy on so many test images, 1% of a loss). Pictures: bars are standard
 deviations or tied rates; hollow: more rates or seeds could be better (an edge, the next rate over a
-factor of 4 away, a better rate with fewer seeds); a ring: the optimum; crossed out, at the bad end:
-diverged, and optimal rates where none trains; grey: a part of an axis that is compressed."""
+factor of 4 away, fewer seeds at a rate that is beside it, tied or better); a ring: the optimum;
+crossed out, at the bad end: diverged, and optimal rates where none trains; grey: a part of an axis
+that is compressed."""
 
 
 def tally(answers):
@@ -552,8 +558,9 @@ def protocol(section):
     ours = [(key.replace("_", " "), value, paper[key]) for key, value in section.differences.items()]
     words = [f"{key} {value} instead of {'all' if other is None else other}" for key, value, other in ours]
     words += [f"width {width} instead of 4 (2 in Tables 2 and 3)"] if width not in (None, 2, 4) else []
-    most = max(len(runs) for grid in section.grids for runs in grid.runs.values())
-    words += [f"seeds {most} instead of {section.setup.seeds}"] if most < section.setup.seeds else []
+    seeds = sorted(max(map(len, grid.runs.values())) for grid in section.grids)
+    told = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    words += [f"seeds {told} instead of {section.setup.seeds}"] if seeds[0] < section.setup.seeds else []
     told = f"Not the paper's protocol: {', '.join(words)}" if words else "The paper's protocol"
     lost = sum(run["status"] == "diverged" for run in runs)
     found = {key: {str(run["environment"].get(key)) for run in runs} for key in ("device", "torch", "commit")}

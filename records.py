@@ -245,7 +245,7 @@ class Optimum(Stat):
     rate: float
     tied: list[float]  # the rates whose mean is within one standard deviation of the best
     edge: str  # "lowest", "highest", "lowest and highest" or "" among all rates that were run
-    rival: bool  # a rate with fewer seeds is better so far
+    unfinished: list[float]  # rates with fewer seeds that are beside it, tied with it or better so far
 
 
 def kept(n: int) -> int:
@@ -277,9 +277,11 @@ def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
     best = max(means, key=lambda rate: metric.sign * means[rate])
     tied = [rate for rate in means if abs(means[rate] - means[best]) <= (stats[best].std or 0)]
     edge = " and ".join(word for word, end in (("lowest", min(grid)), ("highest", max(grid))) if end == best)
-    fewer = [metric.sign * stat.mean for stat in stats.values() if stat.runs < most and stat.trains]
-    rival = max(fewer, default=-math.inf) > (metric.sign * means[best] if stats[best].trains else -math.inf)
-    return Optimum(**vars(stats[best]), rate=best, tied=tied, edge=edge, rival=rival)
+    least = metric.sign * means[best] - (stats[best].std or 0) if stats[best].trains else -math.inf
+    beside = [*stats][max(0, [*stats].index(best) - 1) : [*stats].index(best) + 2]
+    fewer = {rate: stat for rate, stat in stats.items() if stat.runs < most and stat.trains}
+    unfinished = [rate for rate in fewer if rate in beside or metric.sign * fewer[rate].mean > least]
+    return Optimum(**vars(stats[best]), rate=best, tied=tied, edge=edge, unfinished=unfinished)
 
 
 @dataclass

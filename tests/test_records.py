@@ -401,13 +401,39 @@ def test_the_best_of_rates_at_chance_is_no_optimum():
     assert not statistic(at_chance(finals(0.1, 0.1)) + finals(0.2), ACCURACY).trains
 
 
-def test_a_better_rate_with_fewer_seeds_is_a_rival():
-    """As while a search is on its way: the rate with most seeds is not the best one yet."""
-    most = finals(0.6, 0.6, 0.6)
-    assert optimum({0.5: most, 1.0: finals(0.9)}, ACCURACY).rival
-    assert optimum({0.5: at_chance(most), 1.0: finals(0.2)}, ACCURACY).rival
-    for fewer in (finals(0.6), finals(None), at_chance(finals(0.9)), finals(0.7, 0.7, 0.7)):
-        assert not optimum({0.5: most, 1.0: fewer}, ACCURACY).rival
+def test_rates_with_fewer_seeds_that_could_be_better():
+    """As while a search is on its way: it will ask for all seeds beside the best rate and at ties."""
+    best, worse = finals(0.6, 0.62, 0.64), finals(0.5, 0.5, 0.5)
+
+    def unfinished(grid):
+        return optimum(dict(zip([2.0**k for k in range(-3, 2)], grid, strict=False)), ACCURACY).unfinished
+
+    assert unfinished([best, finals(0.9)]) == [2**-2]  # better, and beside it
+    assert unfinished([at_chance(best), finals(0.2)]) == [2**-2]
+    assert unfinished([best, finals(0.5)]) == [2**-2]  # beside it
+    assert unfinished([finals(0.3), worse, best, worse, finals(0.9)]) == [2**1]
+    assert unfinished([finals(0.605), worse, best, worse, finals(0.59)]) == [
+        2**-3
+    ]  # tied; over a deviation off
+    for other in (finals(None), at_chance(finals(0.9)), worse):
+        assert unfinished([other, best, other]) == []
+
+
+def test_a_finished_search_leaves_no_unfinished_rates():
+    """What `optimum` calls unfinished, `plan` asks for."""
+    rng = random.Random(0)
+    for _ in range(100):
+        truth = {2.0**k: rng.uniform(0.3, 0.9) for k in range(-20, 20)}
+        outcomes, rates = {}, [2.0**k for k in range(-3, 4)]
+        while missing := plan(outcomes, rates, range(5), (ACCURACY,), "best").missing:
+            for key in missing:
+                value = None if rng.random() < 0.1 else truth[key[0]] + rng.gauss(0, 0.05)
+                (outcomes[key],) = finals(value)
+        grid = {}
+        for (rate, _), result in outcomes.items():
+            grid.setdefault(rate, []).append(result)
+        best = optimum(grid, ACCURACY)
+        assert best is None or best.unfinished == []
 
 
 def test_a_lucky_seed_alone_is_not_the_optimum():

@@ -114,7 +114,8 @@ def test_a_folder_with_another_number_of_images_is_not_taken_for_the_one_before(
     flags = (
         f"--depth 10 --width 1 --bs 2 --epochs 1 --device cpu --out {tmp_path}/out --data folder --data-dir"
     )
-    for folder, code in (("one", 0), ("gone", 0), ("two", 2)):
+    (tmp_path / "empty" / "mine").mkdir(parents=True)
+    for folder, code in (("one", 0), ("gone", 0), ("empty", 0), ("two", 2)):
         capsys.readouterr()
         assert script(tmp_path / folder / "mine", flags=flags) == code
     assert capsys.readouterr().err.endswith("was made with other images: choose another --data-name\n")
