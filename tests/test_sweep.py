@@ -364,7 +364,8 @@ def test_a_worker_looks_again_while_others_train(sandbox):
     _output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and len(noted(begun)) == 2 and len(noted(sandbox / "demo" / "made")) == 1
     ends = sorted(rest[-1] for rests in logs(sandbox / "demo").values() for rest in rests)
-    assert ends == ["exit 0", "exit 137"]
+    # A sweep ends once all is made; the process that made the last run may be stopped as it leaves.
+    assert ends in (["exit 0", "exit 137"], ["exit 137", "exit 75"])
 
 
 def children_of(session, word):
