@@ -358,6 +358,9 @@ def make_sections(records):
     for key, members in sections.items():
         images = f", images {key[1][:8]}" if same[titles[key]] > 1 else ""
         found.append(Section(titles[key] + images, members))
-    own_width = {section: section.config.get("width") in (None, 2, 4) for section in found}  # the paper's
-    order = {s: (len(s.differences), not own_width[s], -s.config["epochs"], s.title) for s in found}
-    return sorted(found, key=order.get)
+
+    def distance(section):
+        other_width = section.config.get("width") not in (None, 2, 4)
+        return len(section.differences), other_width, -section.config["epochs"], section.title
+
+    return sorted(found, key=distance)

@@ -559,8 +559,8 @@ def protocol(section):
     words = [f"{key} {value} instead of {'all' if other is None else other}" for key, value, other in ours]
     words += [f"width {width} instead of 4 (2 in Tables 2 and 3)"] if width not in (None, 2, 4) else []
     seeds = sorted(max(map(len, grid.runs.values())) for grid in section.grids)
-    told = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-    words += [f"seeds {told} instead of {section.setup.seeds}"] if seeds[0] < section.setup.seeds else []
+    span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    words += [f"seeds {span} instead of {section.setup.seeds}"] if seeds[0] < section.setup.seeds else []
     told = f"Not the paper's protocol: {', '.join(words)}" if words else "The paper's protocol"
     lost = sum(run["status"] == "diverged" for run in runs)
     found = {key: {str(run["environment"].get(key)) for run in runs} for key in ("device", "torch", "commit")}

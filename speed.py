@@ -315,6 +315,7 @@ def print_table(record: dict):
         print(f"{check['value']:10,.2f} (at least {check['least']:,}: {met})  {check['what']}")
 
 
+# What the legend of the picture calls the engines; others keep their names.
 WORDS = {"plain": "plain PyTorch loop", "captured": "CUDA graphs", "concurrent": "many runs at once"}
 
 

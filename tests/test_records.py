@@ -412,9 +412,8 @@ def test_rates_with_fewer_seeds_that_could_be_better():
     assert unfinished([at_chance(best), finals(0.2)]) == [2**-2]
     assert unfinished([best, finals(0.5)]) == [2**-2]  # beside it
     assert unfinished([finals(0.3), worse, best, worse, finals(0.9)]) == [2**1]
-    assert unfinished([finals(0.605), worse, best, worse, finals(0.59)]) == [
-        2**-3
-    ]  # tied; over a deviation off
+    tied, over_a_deviation_off = finals(0.605), finals(0.59)
+    assert unfinished([tied, worse, best, worse, over_a_deviation_off]) == [2**-3]
     for other in (finals(None), at_chance(finals(0.9)), worse):
         assert unfinished([other, best, other]) == []
 
