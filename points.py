@@ -153,7 +153,8 @@ def check_shared_flags(parser: Parser, args: argparse.Namespace):
     except UserError as error:
         parser.error(f"argument --data-name: {error}")
     world = rank_variable("WORLD_SIZE", 1)
-    divide_batch(args.bs, args.ghost if method.norm == "batch" else None, world, args.micro, "cpu")
+    args.ghost = min(args.ghost or args.bs, args.bs) if method.norm == "batch" else None
+    divide_batch(args.bs, args.ghost, world, args.micro, "cpu")
     args.precision = pick_precision(args.amp, find_device(args.device))
 
 
@@ -280,17 +281,16 @@ def make_point(
     """The point of either script's flags; names leave out what is as in `defaults`.
 
     Without --lr it has the expected rate, and with --search the powers of two `around` it as well. Methods
-    without batch norm have no ghost batches, those without dropout a probability of zero.
+    without dropout have a probability of zero.
     """
     method = METHODS[args.init]
     defaults = defaults | {"momentum": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
     defaults["dampening"] = args.momentum
     defaults |= {"alpha": method.alpha if method.scalar else None, "precision": "float32"}
-    defaults["ghost"] = min(defaults["ghost"], args.bs) if method.norm == "batch" else None
+    defaults["ghost"] = min(defaults["ghost"], args.bs)
     defaults["dropout"] *= method.dropout
     flags = {key: getattr(args, key) for key in ("init", "bs", "epochs", *defaults)}
     shared = {"data": args.data_name} | net | flags
-    shared["ghost"] = min(args.ghost or args.bs, args.bs) if method.norm == "batch" else None
     for key in ("dropout", "alpha", "dampening"):
         shared[key] = defaults[key] if shared[key] is None else shared[key]
     shared["dampening"] *= args.momentum > 0  # without momentum PyTorch does not dampen

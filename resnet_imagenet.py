@@ -67,7 +67,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.workers = min(32, max(1, per_rank)) if args.data == "folder" else 0  # 32 keep up with any GPU
     points.check_shared_flags(parser, args)
     last_size = math.ceil(args.image_size / 32) ** 2  # pixels that the last blocks see
-    if METHODS[args.init].norm == "batch" and min(args.ghost or args.bs, args.bs) * last_size < 2:
+    if args.ghost and args.ghost * last_size < 2:
         parser.error("argument --bs: batch norm needs more than one image of this --image-size")
     return args
 
