@@ -410,7 +410,7 @@ def print_plan(script, point: Point, args):
     if bs > images:
         raise UserError(f"--bs {bs} is more than the {images} training images")
     budget, steps = epochs * images, epoch_end(epochs - 1, images, bs)
-    last = learning_rate(config["lr"], (steps - 1) * bs, budget, script.halvings)
+    last = learning_rate(config["lr"], (steps - 1) * bs, budget, script.HALVINGS)
     division = divide_batch(bs, config["ghost"], world, args.micro, find_device(args.device).type)
     say(describe(script, point, args, images, classes))
     constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)

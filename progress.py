@@ -43,7 +43,7 @@ def parse_line(line: str):
     found = next((i for i, word in enumerate(words) if Path(word).name in SCRIPTS), None)
     if found is None:
         raise UserError(f"no command line of this project: {line[:100]}")
-    script = importlib.import_module(Path(words[found]).stem).SCRIPT
+    script = importlib.import_module(Path(words[found]).stem)
     return script, script.parse_args(words[found + 1 :])
 
 

@@ -106,7 +106,5 @@ def count_images(args: argparse.Namespace) -> tuple[int, int]:
     return data.count_images(args.data, args.data_dir, PARTS)
 
 
-SCRIPT = runner.Script(parse_args, make_point, make_net, load_data, count_images, HALVINGS)
-
 if __name__ == "__main__":
-    sys.exit(runner.exit_code(SCRIPT.main))
+    sys.exit(runner.exit_code(lambda: runner.main(sys.modules[__name__])))

@@ -359,7 +359,7 @@ def make_run(script, config: dict, data, args) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config["seed"], "weights"))
         net = script.make_net(config, data.classes)
-    return Run(config, net, data, data.device, args.micro, script.halvings, args.compile)
+    return Run(config, net, data, data.device, args.micro, script.HALVINGS, args.compile)
 
 
 def side_by_side(device: torch.device, bs: int) -> int:
@@ -570,29 +570,22 @@ def print_accuracy(script, point: Point, args):
 # ---------------------------------------------------------------------------------------------- a script
 
 
-@dataclass(frozen=True)
-class Script:
-    """What makes wrn_cifar.py and resnet_imagenet.py differ."""
+def main(script, argv=None):
+    """Do what the flags ask for.
 
-    parse_args: object  # (list of words) -> flags
-    make_point: object  # (flags) -> Point
-    make_net: object  # (configuration, number of classes) -> net
-    load_data: object  # (flags, device) -> images
-    count_images: object  # (flags) -> (number of training images, of classes), without reading them
-    halvings: int  # of the learning rate
-
-    def main(self, argv=None):
-        """Do what the flags ask for."""
-        args = self.parse_args(argv)
-        if args.status:
-            return progress.print_status(progress.read_lines())
-        if args.watch is not None:
-            return progress.watch(progress.read_lines(), args.watch)
-        if args.verbose:
-            say(json.dumps(vars(args), default=str))
-        point = self.make_point(args)
-        if args.dry_run:
-            return print_plan(self, point, args)
-        if args.eval_only:
-            return print_accuracy(self, point, args)
-        return train_point(self, point, args)
+    `script` is the module wrn_cifar or resnet_imagenet. What differs between them is in their functions
+    parse_args, make_point, make_net, load_data and count_images, and in HALVINGS, of the learning rate.
+    """
+    args = script.parse_args(argv)
+    if args.status:
+        return progress.print_status(progress.read_lines())
+    if args.watch is not None:
+        return progress.watch(progress.read_lines(), args.watch)
+    if args.verbose:
+        say(json.dumps(vars(args), default=str))
+    point = script.make_point(args)
+    if args.dry_run:
+        return print_plan(script, point, args)
+    if args.eval_only:
+        return print_accuracy(script, point, args)
+    return train_point(script, point, args)

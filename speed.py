@@ -68,9 +68,9 @@ def forever(loader):
 def configure(row: Row, args, device, seed: int = 0):
     """The script, the flags and the configuration of a run that a row stands for."""
     if args.wrn:
-        script, words = wrn_cifar.SCRIPT, "--depth {} --width {}".format(*args.model[3:].split("-"))
+        script, words = wrn_cifar, "--depth {} --width {}".format(*args.model[3:].split("-"))
     else:
-        script, words = resnet_imagenet.SCRIPT, f"--arch {args.model[-2:]} --image-size {args.image_size}"
+        script, words = resnet_imagenet, f"--arch {args.model[-2:]} --image-size {args.image_size}"
     words += " --init bn --ghost 0" if row.method == WHOLE else f" --init {row.method}"
     words += f" --bs {row.bs} --lr 2^-20 --epochs 9999 --data shapes --device {device}"
     words += f" --amp {'off' if row.precision == 'float32' else row.precision}"

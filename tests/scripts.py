@@ -32,7 +32,7 @@ SIZES = 96, 100  # training and test images of `shapes` in tests
 def run(script, flags: str, *more) -> int:
     """The exit code of a script, run in this process."""
     try:
-        return runner.exit_code(lambda: script.SCRIPT.main([*flags.split(), *map(str, more)]))
+        return runner.exit_code(lambda: runner.main(script, [*flags.split(), *map(str, more)]))
     except SystemExit as end:
         return end.code
 

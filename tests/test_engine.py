@@ -100,7 +100,7 @@ def train_all(out, flags, **options):
         patch.setattr(data, "SHAPES_TEST", 96)
         for name, value in options.items():
             patch.setattr(runner, name, value)
-        runner.train_point(wrn_cifar.SCRIPT, wrn_cifar.make_point(args), args)
+        runner.train_point(wrn_cifar, wrn_cifar.make_point(args), args)
     return {path.stem: json.loads(path.read_text()) for path in Path(out).glob("shapes/*.json")}
 
 

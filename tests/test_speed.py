@@ -230,11 +230,11 @@ def cost_of(folder, capsys, *lines):
 
 def test_work_of_nets():
     wrn = wrn_cifar.make_point(wrn_cifar.parse_args(["--depth", "16", "--width", "4", "--device", "cpu"]))
-    assert cost.multiplications(wrn_cifar.SCRIPT, wrn.config((1.0, 0)), 32) == wide_resnet_work(4)
+    assert cost.multiplications(wrn_cifar, wrn.config((1.0, 0)), 32) == wide_resnet_work(4)
     v1 = resnet_imagenet.make_point(
         resnet_imagenet.parse_args(["--arch", "v1", "--data", "shapes", "--device", "cpu"])
     )
-    found = cost.multiplications(resnet_imagenet.SCRIPT, v1.config((1.0, 0)), 224)
+    found = cost.multiplications(resnet_imagenet, v1.config((1.0, 0)), 224)
     assert found == pytest.approx(3.8e9, rel=0.02)  # He et al., 2016a, table 1
 
 

@@ -197,7 +197,7 @@ def test_each_seed_has_initial_weights_of_its_own():
     for flags in ("--seed 0", "--seed 1", "--seed 1 --lr 1"):
         config = config_of(f"--width 1 --bs 8 --init none {flags}")
         state = torch.get_rng_state()
-        stems.append(runner.make_run(wrn_cifar.SCRIPT, config, tiny_data(), args).net.stem.weight)
+        stems.append(runner.make_run(wrn_cifar, config, tiny_data(), args).net.stem.weight)
         assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(stems[0], stems[1]) and torch.equal(stems[1], stems[2])
 
