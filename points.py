@@ -87,8 +87,17 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def add_shared_flags(parser: Parser, **defaults):
-    """Add the groups "optimization" and "runs", which both scripts have; `defaults` are those that differ."""
+def add_shared_flags(parser: Parser, inits, **defaults):
+    """Add the groups "method", "optimization" and "runs", which both scripts have.
+
+    `inits` are the methods to choose from, `defaults` those that differ.
+    """
+    add = parser.add_argument_group("method").add_argument
+    add("--init", choices=inits, default="zeroinit", help="the method, a row of the paper's tables")
+    add("--ghost", type=natural, help="images per ghost batch of batch norm; 0: the whole batch")
+    add("--dropout", type=fraction, help="drop probability of methods with dropout [0.6; of ResNet-50 0.2]")
+    add("--alpha", type=coefficient, help="starting value of ZeroInit's scalar [0]")
+    add("--base-init", choices=("he-in", "he-out", "lecun"), default="he-in", help="of the initial weights")
     add = parser.add_argument_group("optimization").add_argument
     add("--bs", "--batch-size", type=positive, help="images per update")
     add("--lr", type=rate, nargs="+", help="learning rates: 0.25 or 2^-2 [the optimum to expect]")

@@ -19,7 +19,7 @@ import data
 import points
 import runner
 from common import METHODS, ResNet50
-from points import Parser, fraction, natural
+from points import Parser
 from ranks import rank_variable
 from records import ACCURACY
 
@@ -32,11 +32,6 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=("v1", "v2"), default="v2", help="ResNet-50-V1 or -V2")
-    add("--init", choices=METHODS, default="zeroinit", help="the method, a column of the paper's tables")
-    add("--ghost", type=natural, default=256, help="images per ghost batch of batch norm; 0: the whole batch")
-    add("--dropout", type=fraction, help="drop probability of methods with dropout [0.2]")
-    add("--alpha", type=points.coefficient, help="starting value of ZeroInit's scalar [0]")
-    add("--base-init", choices=("he-in", "he-out", "lecun"), default="he-in", help="of the initial weights")
     add("--stride-on", choices=("1x1", "3x3"), help="the convolution with the stride [1x1 in v1, 3x3 in v2]")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("folder", "shapes"), default="folder", help="the images")
@@ -50,7 +45,7 @@ def make_parser() -> Parser:
         type=points.number(int, 0, 1000),
         help="processes that decode images, per rank [its part of the cores]",
     )
-    points.add_shared_flags(parser, bs=256, epochs=90, wd=1e-4, concurrent=1)
+    points.add_shared_flags(parser, METHODS, ghost=256, bs=256, epochs=90, wd=1e-4, concurrent=1)
     return parser
 
 

@@ -17,7 +17,7 @@ import data
 import points
 import runner
 from common import METHODS, WideResNet
-from points import Parser, fraction, natural, positive
+from points import Parser, positive
 from records import ACCURACY, LOSS, UserError
 
 HALVINGS = 10  # at 100, 110, ..., 190 of 200 epochs (section 3)
@@ -29,11 +29,6 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("network").add_argument
     add("--depth", type=positive, default=16, help="6n+4")
     add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
-    add("--init", choices=INITS, default="zeroinit", help="the method, a row of the paper's tables")
-    add("--ghost", type=natural, default=64, help="images per ghost batch of batch norm; 0: the whole batch")
-    add("--dropout", type=fraction, help="drop probability of methods with dropout [0.6]")
-    add("--alpha", type=points.coefficient, help="starting value of ZeroInit's scalar [0]")
-    add("--base-init", choices=("he-in", "he-out", "lecun"), default="he-in", help="of the initial weights")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("cifar10", "cifar100", "folder", "shapes"), default="cifar10", help="the images")
     add(
@@ -45,7 +40,7 @@ def make_parser() -> Parser:
     add("--data-name", help="name of the images in records and reports [of a folder: its own name]")
     add("--train-size", type=positive, help="train on this many images only [all]")
     add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what a crop sees outside an image")
-    points.add_shared_flags(parser, bs=64, epochs=200, wd=5e-4)
+    points.add_shared_flags(parser, INITS, ghost=64, bs=64, epochs=200, wd=5e-4)
     return parser
 
 
