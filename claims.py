@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from paper import FEWER_SEEDS, NAMES, NO_L2, SATURATION, SETUPS, TARGETS, WHOLE, Section, name_of
-from records import ACCURACY, LOSS, Metric, power
+from records import ACCURACY, LOSS, power
 
 # -------------------------------------------------------------------------------------------------- verdicts
 
@@ -113,7 +113,7 @@ class Claim:
     statement: str
     methods: tuple
     test: object  # gets the results of each method, and returns a verdict
-    metric: Metric = ACCURACY
+    loss: bool = False  # about the training loss, as those of panels b are anyway; else about the accuracy
     low: int = 1  # batch sizes or depths from
     high: float = math.inf  # and to
     least: int = 1  # so many of them are needed
@@ -128,6 +128,10 @@ class Claim:
     leads: tuple = ()  # (by over, and up to): the lead nearest to failing is told in place of all numbers
 
     @property
+    def metric(self):
+        return LOSS if self.loss or self.place.endswith("b") else ACCURACY
+
+    @property
     def target(self):
         """The name of the figure or table whose runs decide it: "fig1" for Fig. 1a."""
         return re.sub(r"\W|[ab]$", "", DECIDED_BY.get(self.place, self.place).lower())
@@ -137,14 +141,14 @@ CLAIMS = []
 DECIDED_BY = {"Section 2": "Table 2", "Section 6": "Fig. 2"}  # whose runs decide what the text says
 
 
-def claim(place, *methods, **options):
-    """Make a function a claim: its docstring is the statement, with {0} for a method and {names} for all."""
+def claim(places, *methods, **options):
+    """Make a function a claim of each place: its docstring is the statement, {0} a method, {names} all."""
 
     def register(test):
         names = [name_of(method) for method in methods]
         statement = " ".join(test.__doc__.split()).removesuffix(".")
         statement = statement.format(*names, names=", ".join(names), **options)
-        CLAIMS.append(Claim(place, statement, methods, test, **options))
+        CLAIMS.extend(Claim(place, statement, methods, test, **options) for place in places.split(", "))
         return test
 
     return register
@@ -255,13 +259,13 @@ def competitive(*lines):
 
 
 better("Fig. 1a", "bn", "zeroinit", low=1024)
-better("Fig. 1b", "bn", "none", metric=LOSS)
-better("Fig. 1b", "bn", "zeroinit", metric=LOSS)
+better("Fig. 1b", "bn", "none")
+better("Fig. 1b", "bn", "zeroinit")
 
 
-@claim("Fig. 1b", "none", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
-@claim("Fig. 1b", "zeroinit", "bn", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
-@claim("Fig. 1b", "none", "zeroinit", metric=LOSS, least=3, start=64, reach=1024, worst=True, paired=True)
+@claim("Fig. 1b", "none", "bn", least=3, start=64, reach=1024, worst=True, paired=True)
+@claim("Fig. 1b", "zeroinit", "bn", least=3, start=64, reach=1024, worst=True, paired=True)
+@claim("Fig. 1b", "none", "zeroinit", least=3, start=64, reach=1024, worst=True, paired=True)
 def loss_degrades(*lines):
     """The training loss of {0} grows by a greater factor from the smallest to the largest B than {1}'s."""
     (more, less), *_, (more_end, less_end) = rows(*lines)
@@ -272,34 +276,29 @@ def loss_degrades(*lines):
     return decide(lead, error, more.open or less_end.open, more_end.open or less.open)
 
 
-@claim("Fig. 1b", "zeroinit", "none", metric=LOSS, high=64, worst=True, paired=True)
+@claim("Fig. 1b", "zeroinit", "none", high=64, worst=True, paired=True)
 def similar_losses(*lines):
     """Losses without normalization are similar with and without ZeroInit (within 20% for B ≤ 64)."""
     pairs = rows(*lines) + rows(*lines[::-1])
     return every(not_behind(one, two, -0.2 * two.score) for one, two in pairs)
 
 
-@claim("Fig. 2a", *THREE, least=4, start=16, runs=4, rates=True)
-@claim("Fig. 2b", *THREE, metric=LOSS, least=4, start=16, runs=4, rates=True)
-@claim("Fig. 4a", *THREE_WHOLE, least=2, start=16, runs=4, rates=True)
-@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, least=2, start=16, runs=4, rates=True)
+@claim("Fig. 2a, Fig. 2b", *THREE, least=4, start=16, runs=4, rates=True)
+@claim("Fig. 4a, Fig. 4b", *THREE_WHOLE, least=2, start=16, runs=4, rates=True)
 def proportional(*lines):
     """The optimal rate is proportional to B when B is small (over a factor of 4, as B^0.5 to B^1.5)."""
     ends = [(line[0], at(line, 4 * line[0].x)) for line in lines]
     return every(verdict for pair in ends for verdict in (grows(*pair, 1, 3), higher_rate(*pair[::-1])))
 
 
-@claim("Fig. 2a", *THREE, least=4, reach=8192, runs=4, rates=True)
-@claim("Fig. 2b", *THREE, metric=LOSS, least=4, reach=8192, runs=4, rates=True)
+@claim("Fig. 2a, Fig. 2b", *THREE, least=4, reach=8192, runs=4, rates=True)
 def saturates(*lines):
     """The optimal rate saturates when B is large (over the last factor of 4 it grows slower than B^0.5)."""
     return every(grows(at(line, line[-1].x / 4), line[-1], high=0.9) for line in lines)
 
 
-@claim("Fig. 2a", *THREE, high=32, runs=4, rates=True, paired=True)
-@claim("Fig. 2b", *THREE, metric=LOSS, high=32, runs=4, rates=True, paired=True)
-@claim("Fig. 4a", *THREE_WHOLE, high=16, least=2, runs=4, rates=True, paired=True)
-@claim("Fig. 4b", *THREE_WHOLE, metric=LOSS, high=16, least=2, runs=4, rates=True, paired=True)
+@claim("Fig. 2a, Fig. 2b", *THREE, high=32, runs=4, rates=True, paired=True)
+@claim("Fig. 4a, Fig. 4b", *THREE_WHOLE, high=16, least=2, runs=4, rates=True, paired=True)
 def similar_rates(*lines):
     """All three have similar optimal rates at the same small B (within a factor of 4 for B ≤ {high})."""
     return every(grows(*pair, -2, 2) for row in rows(*lines) for pair in itertools.combinations(row, 2))
@@ -316,18 +315,15 @@ def saturation_rates(*lines):
     return every(found)
 
 
-@claim("Fig. 2a", "bn", "zeroinit", "none", reach=1024, runs=4, rates=True, paired=True)
-@claim("Fig. 2b", "bn", "zeroinit", "none", metric=LOSS, reach=1024, runs=4, rates=True, paired=True)
+@claim("Fig. 2a, Fig. 2b", "bn", "zeroinit", "none", reach=1024, runs=4, rates=True, paired=True)
 def larger_rates(*lines):
     """At the largest B the optimal rate is larger with ZeroInit than without, largest with normalization."""
     bn, zeroinit, none = rows(*lines)[-1]
     return every([higher_rate(bn, zeroinit), higher_rate(zeroinit, none)])
 
 
-@claim("Fig. 2a", "bn", "none", low=1, high=32, runs=4, both=True, paired=True)
-@claim("Fig. 2b", "bn", "none", metric=LOSS, low=1, high=32, runs=4, both=True, paired=True)
-@claim("Fig. 4a", WHOLE, "none", low=8, high=32, runs=4, both=True, paired=True)
-@claim("Fig. 4b", WHOLE, "none", metric=LOSS, low=8, high=32, runs=4, both=True, paired=True)
+@claim("Fig. 2a, Fig. 2b", "bn", "none", low=1, high=32, runs=4, both=True, paired=True)
+@claim("Fig. 4a, Fig. 4b", WHOLE, "none", low=8, high=32, runs=4, both=True, paired=True)
 def rate_is_not_the_reason(*lines):
     """Larger rates are not why normalization is better at small B ({low} to {high}: within a factor of 4)."""
     pairs = rows(*lines)
@@ -381,7 +377,7 @@ reaches("Table 1", "A scalar multiplier is sufficient for an accuracy of 94% (ro
 reaches("Table 1", "ZeroInit reaches 94.4% (94.2% or more)", ("zeroinit",), 0.942)
 
 
-@claim("Table 1", "scalar", *OTHERS, metric=LOSS, worst=True, paired=True)
+@claim("Table 1", "scalar", *OTHERS, loss=True, worst=True, paired=True)
 def scalar_has_lowest_loss(*lines):
     """The scalar multiplier alone achieves the lowest training loss."""
     return every(compare(scalar, other) for scalar, *others in rows(*lines) for other in others)
@@ -390,11 +386,11 @@ def scalar_has_lowest_loss(*lines):
 for pair in itertools.pairwise(("zeroinit", "scalar", "biases+dropout", "dropout", "none", "biases")):
     better("Table 1", *pair)
 for pair in (("scalar", "zeroinit"), ("zeroinit", "biases"), ("biases", "none"), ("none", "dropout")):
-    better("Table 1", *pair, metric=LOSS)
-better("Table 1", "biases+dropout", "dropout", metric=LOSS)
+    better("Table 1", *pair, loss=True)
+better("Table 1", "biases+dropout", "dropout", loss=True)
 better("Fig. 3a", "zeroinit", WHOLE, high=4)
 better("Fig. 3a", WHOLE, "zeroinit", low=512)
-better("Fig. 3b", WHOLE, "zeroinit", metric=LOSS)
+better("Fig. 3b", WHOLE, "zeroinit")
 for method in ("fixup", "zeroinit"):
     better("Table 4", method, "bn", "competitive (at most 0.5 points below) with", -0.005, high=1024)
     better("Table 4", "bn", method, "over 0.5 points better than", 0.005, low=4096)
