@@ -124,9 +124,7 @@ def add_shared_flags(parser: Parser, inits, **defaults):
         "either goes beyond --lr while an optimum is on its edge [exactly the rates of --lr]",
     )
     add("--out", type=Path, default=Path("results"), help="folder of the records")
-    add(
-        "--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of --epochs"
-    )
+    add("--eval-every", type=natural, default=0, help="epochs between evaluations; 0: a twentieth of all")
     add("--checkpoint-every", type=coefficient, default=10, help="minutes between checkpoints")
     add("--fresh", action="store_true", help="discard checkpoints: start interrupted runs from the beginning")
     add("--save-weights", action="store_true", help="leave the trained net beside its record, as NAME.pt")
@@ -140,9 +138,7 @@ def add_shared_flags(parser: Parser, inits, **defaults):
     add("--verbose", action="store_true", help="print all flags as JSON")
     add("--dry-run", action="store_true", help="print what would be run, and stop")
     add("--status", action="store_true", help="count the runs of such command lines, read from stdin")
-    add(
-        "--watch", type=int, nargs="*", metavar="PID", help="print a line for each run that such lines finish"
-    )
+    add("--watch", type=int, nargs="*", metavar="PID", help="print a line for each run that they finish")
     parser.set_defaults(**defaults)
 
 
@@ -424,9 +420,8 @@ def print_plan(script, point: Point, args):
     say(describe(script, point, args, images, classes))
     constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)
     say(f"{steps:,} updates; after {constant:,} the rate is halved {halved:.0f} times")
-    text = (
-        f"{plural(world, 'rank')}, each {division.per_rank} images of a batch in passes of {division.micro}"
-    )
+    each = f"{division.per_rank} images of a batch in passes of {division.micro}"
+    text = f"{plural(world, 'rank')}, each {each}"
     text += f", ghost batches of {division.ghost}" if division.ghost else ""
     say(text + (f" over {division.ranks_per_ghost} ranks" if division.ranks_per_ghost > 1 else ""))
     say(f"{plural(plan.planned, 'run')} planned, {len(point.found)} of them done:")

@@ -35,16 +35,11 @@ def make_parser() -> Parser:
     add("--stride-on", choices=("1x1", "3x3"), help="the convolution with the stride [1x1 in v1, 3x3 in v2]")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("folder", "shapes"), default="folder", help="the images")
-    add(
-        "--data-dir", type=Path, default=Path("data/imagenet"), help="folder of train/CLASS/* and val/CLASS/*"
-    )
+    add("--data-dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/* and val/CLASS/*")
     add("--data-name", help="name of the images in records and reports [the folder's own name]")
     add("--image-size", type=points.number(int, 1, 10_000), default=224, help="side of the crops")
-    add(
-        "--workers",
-        type=points.number(int, 0, 1000),
-        help="processes that decode images, per rank [its part of the cores]",
-    )
+    few = points.number(int, 0, 1000)
+    add("--workers", type=few, help="processes that decode images, per rank [its part of the cores]")
     points.add_shared_flags(parser, METHODS, ghost=256, bs=256, epochs=90, wd=1e-4, concurrent=1)
     return parser
 

@@ -31,12 +31,7 @@ def make_parser() -> Parser:
     add("--width", type=positive, default=4, help="the k of Wide-ResNet d-k")
     add = parser.add_argument_group("data").add_argument
     add("--data", choices=("cifar10", "cifar100", "folder", "shapes"), default="cifar10", help="the images")
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        help="where CIFAR is or goes; or DIR/{train,test}/CLASS/*",
-    )
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR is or goes; or {train,test}/CLASS/*")
     add("--data-name", help="name of the images in records and reports [of a folder: its own name]")
     add("--train-size", type=positive, help="train on this many images only [all]")
     add("--pad-mode", choices=("zeros", "reflect"), default="zeros", help="what a crop sees outside an image")
