@@ -305,11 +305,12 @@ def draw_line(axes, layer, line, look, shift, lane, metric):
     bars = [[mark.down for mark in line.marks], [mark.up for mark in line.marks]]
     axes.errorbar(xs, ys, bars if np.any(bars) else None, capsize=2.5, elinewidth=0.9, zorder=layer, **style)
     bare = style | {"ls": "none", "zorder": layer + 0.5}
+    ring = {"marker": "o", "ms": 11, "fillstyle": "none", "clip_on": False}
     for mark in (mark for mark in line.marks if mark.y is not None):
         if mark.edge:
             axes.plot(mark.x * shift, mark.y, **bare | {"markerfacecolor": "white"})
         if mark.best:
-            axes.plot(mark.x * shift, mark.y, **bare | {"marker": "o", "ms": 11, "fillstyle": "none"})
+            axes.plot(mark.x * shift, mark.y, **bare | ring)
     lost = [mark.x * shift for mark in line.marks if mark.y is None]
     height = abs((metric is LOSS) - LANE * (lane + 0.6))  # at the bad end, each method on a lane of its own
     for marker in (look.marker, "x") if lost else ():

@@ -300,7 +300,7 @@ def make_point(
         shared[key] = defaults[key] if shared[key] is None else shared[key]
     shared["dampening"] *= args.momentum > 0  # without momentum PyTorch does not dampen
     steps = range(-around, around + 1) if args.search else [0]
-    rates = args.lr or [expected_rate * 2.0**step for step in steps]
+    rates = sorted(set(args.lr or [expected_rate * 2.0**step for step in steps]))
     seeds = list(range(args.seeds)) if args.seed is None else [args.seed]
     folder = args.out / slug(args.data_name)
     return Point(folder, prefix, shared, defaults, rates, seeds, args.search, metrics)
@@ -398,7 +398,7 @@ def describe(script, point: Point, args, images: int, classes: int) -> str:
     with torch.device("meta"):
         net = script.make_net(point.config(key), classes)
     weights, epochs = sum(p.numel() for p in net.parameters()), plural(point.shared["epochs"], "epoch")
-    rates, many = [power(rate) for rate in sorted(point.rates)], len(point.rates) > 1
+    rates, many = list(map(power, point.rates)), len(point.rates) > 1
     rates = f"{len(rates)} rates {rates[0]} to {rates[-1]}" if many else f"rate {rates[0]}"
     seeds = f"seeds 0 to {point.seeds[-1]}" if len(point.seeds) > 1 else f"seed {point.seeds[0]}"
     rates += "" if args.lr else " (the default)"

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 EXTEND = 6  # a search adds at most so many rates on each side of the starting ones
-NOT_DATA = ("report", "logs", "speed", "slurm")  # folders in RESULTS that hold no records of runs
+NOT_DATA = ("report", "logs", "speed")  # folders in RESULTS that hold no records of runs
 # Numbers, or null:
-OPTIONS = ("ghost", "dropout", "alpha", "wd", "momentum", "dampening", "scalar_lr", "train_size")
+OPTIONS = ("ghost", "dropout", "alpha", "wd", "momentum", "scalar_lr", "train_size")
 FINAL = ("test_accuracy", "train_loss", "train_objective")
 ENTRY = {"lr", "train_loss", "l2", "train_accuracy", "seconds"}  # of every epoch
 BOUNDS = dict.fromkeys(("train_accuracy", "test_accuracy", "test_top5"), (0, 1))

@@ -215,8 +215,8 @@ def write_checkpoint(path: Path, state: dict):
         save_tensors(file, state)
 
 
-def read_checkpoint(path: Path, config: dict) -> dict | None:
-    """The state of a run that was interrupted, from its last checkpoint that is whole; None without one.
+def read_checkpoint(path: Path, config: dict) -> tuple[Path, dict] | None:
+    """The last checkpoint of an interrupted run that is whole, with the state in it; None without one.
 
     Raises UserError for the checkpoint of another configuration.
     """
@@ -230,19 +230,26 @@ def read_checkpoint(path: Path, config: dict) -> dict | None:
             say(f"{name} is not used: {error}")
             continue
         check_same(name, theirs, config)
-        return state
+        return name, state
     return None
 
 
-def load_state(path: Path, run: Run, state: dict):
-    """Bring a run to the state in a checkpoint. Raises UserError for one of other code."""
+def resume(path: Path, run: Run) -> bool:
+    """Bring a run to where it was interrupted; False without a checkpoint.
+
+    Raises UserError for one of another configuration or of other code.
+    """
+    if not (found := read_checkpoint(path, run.identity())):
+        return False
+    name, state = found
     try:
         if [t.shape for t in state["tensors"]] != [t.shape for t in run.tensors]:
             raise ValueError("tensors of other shapes")
         run.load(state)
     except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
         problem = f"is of other code, --fresh begins again ({' '.join(str(error).split())[:100]})"
-        raise UserError(f"{path} {problem}") from None
+        raise UserError(f"{name} {problem}") from None
+    return True
 
 
 def clean_up(path: Path):
@@ -322,7 +329,7 @@ def train_point(script, point: Point, args) -> int:
                 data = load_on_all_ranks(script, args, device)
             check_images(point, {"fingerprint": data.fingerprint})
             say(describe(script, point, args, data.train_images, data.classes))
-            commit()
+            commit()  # the code as it is now: who edits it meanwhile does not change what was run
             limit = min(32, args.concurrent or side_by_side(device, point.shared["bs"]))  # CUDA streams
             with signals_ask_to_stop():
                 train_side_by_side(point, limit, script, args, data)
@@ -463,9 +470,7 @@ def start_next(point: Point, jobs: dict, script, args, data):
         if args.fresh and run.rank == 0:
             remove_checkpoint(path)
         with on_stream(run):
-            state = None if args.fresh else read_checkpoint(path, run.identity())
-            if state:
-                load_state(checkpoint_files(path)[0], run, state)
+            if not args.fresh and resume(path, run):
                 say(f"{point.title(key)} goes on from epoch {run.epoch + 1}, update {run.updates + 1}")
             if agreed(run.updates) != run.updates:
                 raise OwnError(f"{path}: the ranks have other checkpoints: give all of them the same --out")
@@ -556,9 +561,7 @@ def print_accuracy(script, point: Point, args):
         path, run = point.path(key), make_run(script, point.config(key), data, args)
         if weights_file(path).exists():
             load_weights(weights_file(path), run)
-        elif state := read_checkpoint(path, run.identity()):
-            load_state(checkpoint_files(path)[0], run, state)
-        else:
+        elif not resume(path, run):
             raise UserError(f"--eval-only: {checkpoint_files(path)[0]} is damaged")
         with reading_images():
             measured = run.evaluate()

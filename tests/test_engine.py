@@ -301,7 +301,7 @@ def advance(run, updates):
 def go_on(first, second, path):
     """Load the state of the first run into the second, through a checkpoint."""
     runner.write_checkpoint(path, first.state())
-    second.load(runner.read_checkpoint(path, second.identity()))
+    assert runner.resume(path, second)
     return second
 
 
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_another_precision_or_device_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=f"run.ckpt holds another run: {said}"):
             runner.read_checkpoint(path, run.identity() | {key: other})
-    assert runner.read_checkpoint(path, run.identity())["place"] == (0, 0, 0.0, [])
+    assert runner.read_checkpoint(path, run.identity())[1]["place"] == (0, 0, 0.0, [])
 
 
 def test_a_run_of_another_precision_is_another_run(tmp_path, capsys):

@@ -383,6 +383,9 @@ def test_a_checkpoint_of_other_code_is_one_line(tmp_path, monkeypatch, capsys):
         assert script("--out", tmp_path) == 2
         error = capsys.readouterr().err
         assert f"{path} is of other code, --fresh begins again" in error and error.count("\n") == 1
+    path.rename(path.with_suffix(".ckpt.old"))  # where the last checkpoint is damaged, this one is meant
+    assert script("--out", tmp_path) == 2
+    assert f"{path}.old is of other code" in capsys.readouterr().err
     assert script("--out", tmp_path, "--fresh") == 0
 
 

@@ -203,7 +203,7 @@ def test_a_captured_run_goes_on_from_its_checkpoint(init, precision, tmp_path, s
         [SimpleNamespace(run=make_bursts(first, 1), path=tmp_path / "run.json")]
     )  # a burst is under way
     with runner.on_stream(second):
-        second.load(runner.read_checkpoint(tmp_path / "run.json", second.identity()))
+        assert runner.resume(tmp_path / "run.json", second)
     assert second.updates == 8
     assert difference(weights(make_bursts(second, 99).net), straight) < 0.1
     assert len(second.history) == len(straight.history) == 2

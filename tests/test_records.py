@@ -107,7 +107,7 @@ def test_the_folder_of_a_data_set():
     assert records.slug("CIFAR-10 (JPEG)") == "cifar-10-jpeg"
     assert records.slug("x" * 100) == "x" * 100
     unprintable = "\udcff", "caf\udce9", "a\nb"
-    for name in ("", "///", "..", "Report", "logs", "speed", "slurm", "x" * 101, "é" * 51, *unprintable):
+    for name in ("", "///", "..", "Report", "logs", "speed", "x" * 101, "é" * 51, *unprintable):
         with pytest.raises(UserError, match="gives no folder") as error:
             records.slug(name)
         str(error.value).encode()  # it can be printed
@@ -303,7 +303,7 @@ def test_all_records_of_a_folder_and_what_is_wrong_with_the_others(tmp_path):
     put(tmp_path / "b", others, "b" + NAME)
     put(tmp_path / "b", "{}", ".hidden.json")
     put(tmp_path / "b", "{}", "text.txt")
-    for folder in ("report", "logs", "speed", "slurm", ".hidden"):
+    for folder in ("report", "logs", "speed", ".hidden"):
         put(tmp_path / folder, "{}")
     found, problems = records.read_all(tmp_path)
     first = f"a/{NAME.replace('zeroinit', 'copy')}"  # in the order of names

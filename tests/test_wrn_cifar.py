@@ -190,6 +190,12 @@ def test_rates_that_differ_in_the_last_digit_are_two_runs(tmp_path):
     }
 
 
+def test_a_rate_that_is_given_twice_is_one(tmp_path, capsys):
+    assert script("--lr", "2^-3", "0.25", "2^-2", "--dry-run", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "2 rates 2^-3 to 2^-2" in said and "2 runs planned" in said
+
+
 def test_runs_of_two_precisions_are_two_runs(tmp_path):
     assert script("--epochs", 1, "--out", tmp_path) == 0
     assert script("--epochs", 1, "--out", tmp_path, "--amp", "bf16") == 0
