@@ -301,10 +301,12 @@ class Section:
         return lines
 
     def has_figure(self, target):
-        """True if a figure has runs of its own; where there are none, those that all share are Figure 1's."""
-        third = any(grid.method == WHOLE or grid.bs < 16 for grid in self.grids)  # and fourth
-        first = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)  # and second
-        return third if target.whole else first or not third
+        """True if a figure has runs of its own. Those that all share are Figure 1's, unless that has none."""
+        large = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)
+        whole = any(grid.method == WHOLE for grid in self.grids)
+        if target.whole:
+            return whole or any(grid.bs < 16 for grid in self.grids)
+        return large or not whole
 
     def method_in(self, target, grid):
         """As which method a figure or table shows a grid; None if it does not show it."""

@@ -491,8 +491,8 @@ def print_table(sections, name):
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
         parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
-    axis = "depths" if target.deep else "batch sizes"
-    nothing = f"{target.title}: fewer than {target.least} of its {axis} were run" if target.least > 1 else ""
+    few = "depths were run" if target.deep else "batch sizes were run, or all are of another figure, too"
+    nothing = f"{target.title}: fewer than {target.least} of its {few}" if target.least > 1 else ""
     nothing = nothing or f"{target.title}: nothing was run{'' if target.version else ' at 16 layers'} yet"
     return "\n\n".join(parts) or f"{nothing} (bash sweep.sh {name}); the report shows all runs"
 
@@ -532,20 +532,27 @@ def where(answer, labels):
 
 
 def verdict_tables(answers, labels, out):
-    """Markdown: a table for each verdict, the one of undecided statements folded; `out` ends its commands."""
-    for verdict in (HOLDS, FAILS, TIED, UNDECIDED):
-        header, rows = ["#", "Statement", "Place", "Ours", "Seeds", "Section"], []
-        if verdict is UNDECIDED:
-            header[3:] = ["Why", "Ours so far", "What would decide it"]
-        for n, answer in ((n, answer) for n, answer in enumerate(answers, 1) if answer.verdict is verdict):
-            told = [answer.ours, answer.seeds or "–", where(answer, labels)]
-            if verdict is UNDECIDED:
-                command = answer.command.replace(" && ", f"{out} && ") + out
-                told = [answer.reason, answer.ours or "–", f"`{command}`"]
-            rows.append([n, answer.claim.statement, answer.claim.place, *told])
-        title, table = f"{verdict.value.capitalize()} ({len(rows)})", markdown(header, rows)
+    """Markdown: a table for each verdict; what is undecided is folded, by the commands that would decide it.
+
+    `out` ends these commands.
+    """
+    header, undecided = ["#", "Statement", "Place", "Ours", "Seeds", "Section"], {}
+    tables = {verdict: [] for verdict in (HOLDS, FAILS, TIED)}
+    for n, answer in enumerate(answers, 1):
+        row, ours = [n, answer.claim.statement, answer.claim.place], answer.ours or "–"
+        if answer.verdict is UNDECIDED:
+            command = answer.command.replace(" && ", f"{out} && ") + out
+            undecided.setdefault(command, []).append([*row, answer.reason, ours])
+        else:
+            tables[answer.verdict].append([*row, ours, answer.seeds or "–", where(answer, labels)])
+    for verdict, rows in tables.items():
         if rows:
-            yield folded(f"<b>{title}</b>", table) if verdict is UNDECIDED else f"## {title}\n\n{table}"
+            yield f"## {verdict.value.capitalize()} ({len(rows)})\n\n{markdown(header, rows)}"
+    if undecided:
+        header = [*header[:3], "Why", "Ours so far"]
+        parts = [f"```bash\n{line}\n```\n\n{markdown(header, rows)}" for line, rows in undecided.items()]
+        count = sum(map(len, undecided.values()))
+        yield folded(f"<b>Undecided ({count})</b>, by what would decide it", "\n\n".join(parts))
 
 
 def folded(summary, text):

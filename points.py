@@ -419,7 +419,8 @@ def print_plan(script, point: Point, args):
     division = divide_batch(bs, config["ghost"], world, args.micro, find_device(args.device).type)
     say(describe(script, point, args, images, classes))
     constant, halved = -(-budget // (2 * bs)), math.log2(config["lr"] / last)
-    say(f"{steps:,} updates; after {constant:,} the rate is halved {halved:.0f} times")
+    halved = plural(round(halved), "time")
+    say(f"{plural(steps, 'update')}; after {constant:,} the rate is halved {halved}")
     each = f"{division.per_rank} images of a batch in passes of {division.micro}"
     text = f"{plural(world, 'rank')}, each {each}"
     text += f", ghost batches of {division.ghost}" if division.ghost else ""

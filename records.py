@@ -264,16 +264,17 @@ def statistic(finals: list[dict], metric: Metric) -> Stat:
 
 
 def optimum(grid: dict[float, list[dict]], metric: Metric) -> Optimum | None:
-    """The best of the rates with the most seeds that any has, the lowest of equals; None if all diverged.
+    """The best of the rates with the most seeds among those that train, the lowest of equals.
 
-    Where none of them trains, it is the best at chance.
+    Where none trains, it is the best at chance; None if all diverged.
     """
     stats = {rate: statistic(grid[rate], metric) for rate in sorted(grid)}
-    most = max((stat.runs for stat in stats.values()), default=0)
-    means = {rate: stat.mean for rate, stat in stats.items() if stat.runs == most and stat.mean is not None}
-    means = {rate: mean for rate, mean in means.items() if stats[rate].trains} or means
-    if not means:
+    able = {rate: stat for rate, stat in stats.items() if stat.trains}
+    able = able or {rate: stat for rate, stat in stats.items() if stat.mean is not None}
+    if not able:
         return None
+    most = max(stat.runs for stat in able.values())
+    means = {rate: stat.mean for rate, stat in able.items() if stat.runs == most}
     best = max(means, key=lambda rate: metric.sign * means[rate])
     tied = [rate for rate in means if abs(means[rate] - means[best]) <= (stats[best].std or 0)]
     edge = " and ".join(word for word, end in (("lowest", min(grid)), ("highest", max(grid))) if end == best)
@@ -310,7 +311,8 @@ def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int 
     waiting = {rate for rate, _ in missing}
     planned = sum(full if rate in waiting else n for rate, n in counts.items())
     if missing and max(counts.values()) == 1:  # the optima are not known yet
-        planned = len(counts) + 3 * len(metrics) * (full - 1)
+        rates = max(3, len(counts)) if search else len(counts)  # an optimum has neighbours
+        planned = min(rates + 3 * len(metrics) * (full - 1), rates * full)
     return Plan(asked, missing, planned, notes)
 
 

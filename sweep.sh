@@ -4,7 +4,7 @@
 #
 #   bash sweep.sh                      for each target: points and runs that are done, running, failed
 #   bash sweep.sh table1               make what is missing, and print the table
-#   bash sweep.sh table1 --dry-run     only print the command lines
+#   bash sweep.sh table1 --dry-run     only print the command lines; --status: what has come of them
 #   bash sweep.sh table1 --cost        hours on this machine, after `python speed.py`
 #   bash sweep.sh table1 --width 1 --epochs 5 --seeds 1     what follows the target is appended to each line
 #   bash sweep.sh table1 --slurm "--partition gpu --time 12:00:00 --gres gpu:1" --jobs 8     as a job array
@@ -42,7 +42,8 @@ demo() { # what depth does: each block without normalization doubles the varianc
         INITS=$init seeds=1 rates="--lr ${LRS:-2^${k// / 2^}}" wrn "" --depth $depth $flags
     done; done
 }
-seeds=15 full=${FULL:+all} rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}
+full=${FULL:-0} full=${full#0} full=${full:+all} # FULL=0 is as none
+seeds=15 rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}
 points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
 wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
 resnet50() { # resnet50 VERSION METHODS
@@ -90,7 +91,8 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     kill -TERM $children 2>/dev/null; for pid in $children; do await $pid; done
     [[ $stopped$end == [012] ]] || { echo "interrupted: the same sweep$fresh goes on from here"; return 75; }
     if [ $end = 2 ]; then return 2; fi
-    python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out" && return $end
+    { python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out"; } || end=$((end ? end : 2))
+    return $end
 }
 submit() { # the workers as a job array
     if [ -n "$fresh" ]; then fail "--fresh: a task that is requeued would begin again"; fi
@@ -113,7 +115,7 @@ here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0" 2>/dev/null || echo "$0")")" 
 target="" act=sweep show=() jobs="" slurm="" out=results appended="" fresh="" stopped="" children="" todo=()
 set +e +u && mark="'" escaped="'\\''" odd='[^a-zA-Z0-9_.^+[:space:]-]' # -e, -u: as a user's shell may export
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
-if [[ ${1:--} == -* ]]; then show=(python "$here/wrn_cifar.py" --status); else target=$1 && shift; fi
+if [[ ${1:--} == -* ]]; then set -- "" --status "$@"; fi && target=$1 && shift
 if [[ " $targets " != *" ${target:-demo} "* ]]; then fail "no target '$target'; there are: $targets"; fi
 [[ $* == *$'\n'* || $LRS$INITS$BATCHES$DEPTHS$NPROC =~ $odd ]] &&
     fail "a line break in a flag, or LRS, INITS, BATCHES, DEPTHS, NPROC with more than letters, digits, _.^+-"
@@ -124,16 +126,17 @@ done
 command -v python >/dev/null || fail "there is no command 'python': activate its environment"
 if [ "$target" = demo ]; then out=demo workers=$cores; fi
 while (($#)); do
+    case $1 in --jobs=* | --slurm=* | --out=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
     case $1 in
         -h | --help) sed -n '2,/^# Exit/s/^# \{0,1\}//p' "$0" && exit ;;
         --dry-run) show=(cat) ;;
+        --status) show=(python "$here/wrn_cifar.py" --status) ;;
         --cost) show=(python "$here/speed.py" --cost) ;;
         --task) act=task ;;
         --jobs) jobs=${2:-none} && shift ;;
         --slurm) act=submit slurm=${2:-} && shift ;;
         --fresh) fresh=", without --fresh," appended+=" $1" ;;
         --out) out=${2:-} appended+=" $1" ;;
-        --out=*) out=${1#*=} appended+=" $(quote "$1")" ;;
         *) appended+=" $(quote "$1")" ;;
     esac
     shift

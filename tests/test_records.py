@@ -409,7 +409,6 @@ def test_rates_with_fewer_seeds_that_could_be_better():
         return optimum(dict(zip([2.0**k for k in range(-3, 2)], grid, strict=False)), ACCURACY).unfinished
 
     assert unfinished([best, finals(0.9)]) == [2**-2]  # better, and beside it
-    assert unfinished([at_chance(best), finals(0.2)]) == [2**-2]
     assert unfinished([best, finals(0.5)]) == [2**-2]  # beside it
     assert unfinished([finals(0.3), worse, best, worse, finals(0.9)]) == [2**1]
     tied, over_a_deviation_off = finals(0.605), finals(0.59)
@@ -440,7 +439,16 @@ def test_a_lucky_seed_alone_is_not_the_optimum():
     best = optimum(grid, ACCURACY)
     assert (best.rate, best.runs, best.tied) == (1.0, 3, [1.0])
     assert best.edge == ""  # other rates were run on both sides
-    assert optimum({2.0: finals(0.9), 1.0: finals(None, None)}, ACCURACY) is None
+
+
+def test_more_seeds_where_nothing_trains_hide_no_optimum():
+    """Runs that diverge end at once: while a sweep is under way, such a rate has the most seeds."""
+    grid = {0.5: finals(0.7, 0.7), 1.0: finals(0.8, 0.8), 2.0: finals(0.75, 0.75)}
+    for most in (finals(*[None] * 4), at_chance(finals(*[0.9] * 4))):
+        assert optimum(grid | {4.0: most}, ACCURACY) == optimum(grid, ACCURACY)
+        assert optimum(grid | {4.0: most}, ACCURACY).rate == 1.0
+    assert optimum({4.0: finals(None, None), 1.0: at_chance(finals(0.1))}, ACCURACY).rate == 1.0
+    assert optimum({4.0: finals(None, None), 1.0: finals(None)}, ACCURACY) is None
 
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -652,6 +660,9 @@ def test_a_search_goes_six_rates_beyond_the_starting_ones_and_says_so():
 def test_the_estimate_of_all_runs():
     assert plan({}, RATES, range(15), BOTH, "best").planned == 7 + 6 * 14
     assert plan({}, RATES, range(3), (ACCURACY,), "best").planned == 7 + 3 * 2
+    assert plan({}, RATES[:3], range(3), BOTH, "best").planned == 3 * 3  # never more than all
+    assert plan({}, RATES[:1], range(2), BOTH, "best").planned == 3 * 2  # nothing is beside a single rate
+    assert plan({}, RATES[:1], range(2), BOTH, None).planned == 2
     truth = Exact(-2, -2, limit=-1)
     outcomes = {pair: truth[pair] for pair in plan({}, RATES, range(15), BOTH, "best").asked}
     now = plan(outcomes, RATES, range(15), BOTH, "best")

@@ -222,6 +222,7 @@ def test_the_grid_can_be_chosen():
     depths = [point.shared["depth"] for point in points("table3", DEPTHS="16 40")]
     assert depths == [16, 16, 40, 40]
     assert {point.search for point in points("fig1", FULL="1")} == {"all"}
+    assert {point.search for point in points("fig1", FULL="0")} == {"best"}
     one = "--arch v2 --init bn --bs 512 --lr 2^-2 --seeds 1"
     (line,) = printed("table4", NPROC="1", BATCHES="512", INITS="bn", LRS="2^-2")
     assert line == f"python resnet_imagenet.py {one}"
@@ -232,6 +233,10 @@ def test_what_follows_the_target_is_appended():
     assert [(p.shared["epochs"], p.seeds, str(p.folder)) for p in found] == [
         (3, [0, 1], "my results/cifar-10")
     ] * 2
+    words = "--out=my results", "--jobs=2", "--epochs=3"
+    assert printed("table1", *words, INITS="bn") == [
+        "python wrn_cifar.py --init bn --bs 64 --search best --seeds 15 --out 'my results' --epochs=3"
+    ]
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
@@ -319,6 +324,7 @@ def test_cost_and_status_get_every_line(sandbox):
         (sandbox / f"{name}.py").write_text("import sys\nprint(sys.argv[1:], len(sys.stdin.readlines()))")
     assert sweep(folder=sandbox).stdout == f"['--status'] {sum(POINTS.values())}\n"
     assert sweep("table1", "--cost", "--epochs", 3, folder=sandbox).stdout == "['--cost'] 6\n"
+    assert sweep("table1", "--status", "--epochs", 3, folder=sandbox).stdout == "['--status'] 6\n"
 
 
 def test_a_bad_flag_ends_the_sweep(tmp_path):
@@ -398,6 +404,14 @@ def test_a_line_that_fails_harms_no_other(sandbox):
     assert "Killed" not in done.stderr
 
 
+def test_a_sweep_that_failed_before_its_first_record_has_failed(sandbox):
+    """That there is nothing to report is no bad usage."""
+    (sandbox / "plot.py").write_text("raise SystemExit(2)")
+    for ends, code in (('{"bn": -9}', 1), ("{}", 2)):
+        done = sweep("demo", "--jobs", 1, folder=sandbox, DEPTHS="16", INITS="bn", ENDS=ends)
+        assert done.returncode == code, done
+
+
 def test_logs_tell_the_line_its_output_and_its_exit_code(sandbox):
     options = {"folder": sandbox, "INITS": "bn", "DEPTHS": "16"}
     for ends in ('{"bn": 3}', "{}"):
@@ -409,7 +423,8 @@ def test_logs_tell_the_line_its_output_and_its_exit_code(sandbox):
     )
     assert failed == [line, "error: bn is out of luck", "exit 3"]
     gpu = 0 if torch.cuda.is_available() else None  # the first, on a machine that has one
-    assert done == [line, f"bn-8-16-0 on GPU {gpu}", "", "exit 0"]
+    assert done[:-1] == [line, f"bn-8-16-0 on GPU {gpu}", ""]
+    assert done[-1] in ("exit 0", "exit 75")  # all is made: the sweep may stop it as it leaves
 
 
 def test_each_worker_has_its_gpu(sandbox):
