@@ -91,8 +91,8 @@ sweep() { # start workers, and a monitor that shows what they finish until they 
     kill -TERM $children 2>/dev/null; for pid in $children; do await $pid; done
     [[ $stopped$end == [012] ]] || { echo "interrupted: the same sweep$fresh goes on from here"; return 75; }
     if [ $end = 2 ]; then return 2; fi
-    { python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out"; } || end=$((end ? end : 2))
-    return $end
+    python "$here/plot.py" "$out" --table $target && python "$here/plot.py" "$out"
+    return $((end ? end : $?))
 }
 submit() { # the workers as a job array
     if [ -n "$fresh" ]; then fail "--fresh: a task that is requeued would begin again"; fi

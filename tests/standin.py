@@ -62,10 +62,14 @@ def train(words):
 
 
 def watch(lines, workers):
-    """Ends like the real one: 0 as soon as all runs are made, 1 if some are not and all workers ended."""
+    """Ends like the real one: 0 once all runs are made, 1 if some are not and all workers ended.
+
+    It is not quicker than the process of the last run, which the sweep would stop as it leaves.
+    """
     for worker in workers:
         while Path(f"/proc/{worker}").exists():
             if all(set(names) <= set(noted(out / "made")) for out, names in lines):
+                time.sleep(0.5)
                 sys.exit(0)
             time.sleep(0.05)
     sys.exit(any(set(names) - set(noted(out / "made")) for out, names in lines))
