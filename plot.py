@@ -491,7 +491,7 @@ def print_table(sections, name):
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
         parts += [f"{title}\n\n{plain(header, rows)}"] if rows else []
-    few = "depths were run" if target.deep else "batch sizes were run, or all are of another figure, too"
+    few = "depths were run" if target.deep else "batch sizes were run, or none is its own"
     nothing = f"{target.title}: fewer than {target.least} of its {few}" if target.least > 1 else ""
     nothing = nothing or f"{target.title}: nothing was run{'' if target.version else ' at 16 layers'} yet"
     return "\n\n".join(parts) or f"{nothing} (bash sweep.sh {name}); the report shows all runs"

@@ -311,7 +311,7 @@ def plan(outcomes: dict, rates, seeds, metrics, search: str | None, extend: int 
     waiting = {rate for rate, _ in missing}
     planned = sum(full if rate in waiting else n for rate, n in counts.items())
     if missing and max(counts.values()) == 1:  # the optima are not known yet
-        fewest = max(3, len(counts)) if search else len(counts)  # rates: an optimum has neighbours
+        fewest = max(3, len(counts)) if search else len(counts)  # rates in the end: an optimum has neighbours
         planned = min(fewest + 3 * len(metrics) * (full - 1), fewest * full)
     return Plan(asked, missing, planned, notes)
 

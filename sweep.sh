@@ -42,7 +42,7 @@ demo() { # what depth does: each block without normalization doubles the varianc
         INITS=$init seeds=1 rates="--lr ${LRS:-2^${k// / 2^}}" wrn "" --depth $depth $flags
     done; done
 }
-full=${FULL:-0} full=${full#0} full=${full:+all} # FULL=0 is as none
+full=${FULL:-0} full=${full#0} full=${full:+all} # FULL=0 means no
 seeds=15 rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}
 points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
 wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
