@@ -38,13 +38,14 @@ table5() { seeds=1 resnet50 v1 "bn fixup zeroinit zeroinit+bias"; } # a ReLU aft
 demo() { # what depth does: each block without normalization doubles the variance
     flags="--data shapes --train-size 2400 --width 1 --bs 8 --epochs 1 --amp off --out demo"
     for depth in ${DEPTHS:-40 16}; do for init in ${INITS:-none bn scalar}; do
-        case $init in none) k="-13 -11 -9 -7 -5 -3" ;; *) k="-5 -3 -1 1" ;; esac
-        INITS=$init seeds=1 rates="--lr ${LRS:-2^${k// / 2^}}" wrn "" --depth $depth $flags
+        case $init in none) lrs="2^-13 2^-11 2^-9 2^-7 2^-5 2^-3" ;; *) lrs="2^-5 2^-3 2^-1 2^1" ;; esac
+        INITS=$init seeds=1 rates="--lr ${LRS:-$lrs}" wrn "" --depth $depth $flags
     done; done
 }
-full=${FULL:-0} full=${full#0} full=${full:+all} # FULL=0 means no
-seeds=15 rates=${LRS:+--lr ${LRS//$'\n'/ }} && rates=${rates:---search ${full:-best}}
-points() { for init in ${INITS:-$2}; do echo "$1 --init $init ${*:3} $rates --seeds $seeds"; done; }
+seeds=15 rates="--search best"
+if [ "${FULL:-0}" != 0 ]; then rates="--search all"; fi
+if [ -n "${LRS:-}" ]; then rates="--lr $LRS"; fi
+points() { for init in ${INITS:-$2}; do echo $1 --init $init ${*:3} $rates --seeds $seeds; done; }
 wrn() { points "python wrn_cifar.py" "$@"; } # wrn METHODS FLAGS
 resnet50() { # resnet50 VERSION METHODS
     case ${NPROC:-8} in 1) run=python ;; *) run="torchrun --standalone --nproc_per_node=${NPROC:-8}" ;; esac

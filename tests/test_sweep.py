@@ -293,6 +293,7 @@ def test_words_that_bash_would_take_for_more_are_refused(sandbox):
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", (argv, done)
         assert sorted(os.listdir(sandbox)) == before
     assert len(printed("fig1", "--lr", "1", INITS="bn", BATCHES="16\n32", LRS="2^-3\n2^-2")) == 2
+    assert len(printed("demo", LRS="2^-3\n2^-2")) == 6
 
 
 def test_a_sweep_may_be_called_through_a_link_from_any_shell(sandbox):
