@@ -112,7 +112,7 @@ task() { # one of them; it comes back after Slurm's signal before the time limit
 fail() { echo "error: $1" >&2 && exit 2; }
 # quote WORD: as both bash and Python's shlex read it
 quote() { if [[ $1 =~ ^[a-zA-Z0-9_./:=,+^-]+$ ]]; then echo "$1"; else echo "'${1//$mark/$escaped}'"; fi; }
-here=$(CDPATH="" cd "$(dirname "$(readlink -f "$0" 2>/dev/null || echo "$0")")" && pwd) # also through a link
+here=$(dirname "$(readlink -f "$0")") # also through a link
 target="" act=sweep show=() jobs="" slurm="" out=results appended="" fresh="" stopped="" children="" todo=()
 set +e +u && mark="'" escaped="'\\''" odd='[^a-zA-Z0-9_.^+[:space:]-]' # -e, -u: as a user's shell may export
 cores=$(OMP_NUM_THREADS="" nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) workers=$(((cores + 1) / 2))
