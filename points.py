@@ -332,37 +332,35 @@ def take_lock(path: Path) -> contextlib.ExitStack | None:
 
     The kernel frees the lock when its process dies, however that happens.
     """
-    name, held = path.with_suffix(".lock"), contextlib.ExitStack()
+    name = path.with_suffix(".lock")
     for _ in range(20):  # is_running() holds a lock for a moment
         path.parent.mkdir(parents=True, exist_ok=True)  # a command that failed may have removed it
         is_new = not name.exists()
-        try:
-            file = open(name, "a")  # noqa: SIM115
-        except PermissionError:  # another user's
-            if is_new:
+        with contextlib.ExitStack() as held:
+            try:
+                file = held.enter_context(open(name, "a"))
+            except PermissionError:  # another user's
+                if is_new:
+                    raise
+                file = held.enter_context(open(name))
+            try:
+                flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:  # not one that was just removed
+                    os.register_at_fork(after_in_child=file.close)  # else DataLoader workers hold it, too
+                    held.callback(name.unlink, missing_ok=True)
+                    for left in path.parent.glob(f".{path.stem}.*"):  # half a file, of a killed process
+                        left.unlink(missing_ok=True)
+                    return held.pop_all()
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                if is_running(path):
+                    return None
+                time.sleep(0.01)
+            except UserError:
+                if is_new:
+                    name.unlink(missing_ok=True)
                 raise
-            file = open(name)  # noqa: SIM115
-        try:
-            flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_ino == os.stat(name).st_ino:  # not one that was removed just now
-                os.register_at_fork(after_in_child=file.close)  # else DataLoader workers would hold it too
-                held.enter_context(file)
-                held.callback(name.unlink, missing_ok=True)
-                for left in path.parent.glob(f".{path.stem}.*"):  # half a file, of a process that was killed
-                    left.unlink()
-                return held
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            if is_running(path):
-                file.close()
-                return None
-            time.sleep(0.01)
-        except UserError:
-            if is_new:
-                name.unlink(missing_ok=True)
-            raise
-        file.close()
     return None
 
 
