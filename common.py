@@ -175,7 +175,11 @@ def conv(method: Method, inputs: int, outputs: int, size: int, stride: int = 1) 
 
 def norm(method: Method, channels: int, ghost: int) -> nn.Module:
     """The normalization of a method: batch norm, or nothing."""
-    return GhostBatchNorm2d(channels, ghost) if method.norm == "batch" else nn.Identity()
+    if method.norm == "batch":
+        return GhostBatchNorm2d(channels, ghost)
+    if method.norm:
+        raise ValueError(f"norm() has no line for {method.norm!r}")
+    return nn.Identity()
 
 
 def before_activation(method: Method, channels: int, ghost: int) -> nn.Module:

@@ -500,7 +500,7 @@ def test_another_norm_is_a_row_and_a_line(tmp_path):
     row, line = (code for code in codes if '"group"' in code)
     places = {
         '    "none": Method(),\n': f"    {row},\n",
-        "    return GhostBatchNorm2d(channels, ghost) if": f"    {line}\n",
+        '    if method.norm == "batch":\n        return Ghost': f"    {line}\n",
     }
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
