@@ -26,7 +26,7 @@ INTERVAL = 1.0  # seconds between looks at the records
 def read_lines() -> dict[str, list[str]]:
     """The command lines on stdin by their targets: {"table1": [...]}. Raises UserError if there are none."""
     found = {}
-    for text in filter(str.strip, sys.stdin):
+    for text in filter(str.strip, [] if sys.stdin.isatty() else sys.stdin):
         line, mark, target = text.strip().rpartition(" # ")
         found.setdefault(target if mark else "", []).append(line or target)
     if not found:

@@ -104,9 +104,12 @@ def test_lines_and_their_targets(monkeypatch):
 
 
 def test_no_line_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    with pytest.raises(progress.UserError, match="no command lines on stdin"):
-        progress.read_lines()
+    terminal = io.StringIO("nobody types command lines")
+    terminal.isatty = lambda: True
+    for stdin in (io.StringIO("\n"), terminal):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(progress.UserError, match="no command lines on stdin"):
+            progress.read_lines()
 
 
 def test_a_line_of_another_program_is_an_error():
