@@ -550,6 +550,8 @@ def print_accuracy(script, point: Point, args):
     """
     device, asked = pick_device(args.device), point.plan().asked
     asked = [key for key in asked if point.found.get(key, {}).get("status") != "diverged"]
+    if not asked:
+        raise UserError("--eval-only: all of these runs diverged")
     for path in map(point.path, asked):
         if not any(each.exists() for each in (weights_file(path), *checkpoint_files(path))):
             raise UserError(

@@ -444,6 +444,8 @@ def test_eval_only_beside_a_run_that_diverged_and_of_one_that_goes_on(tmp_path, 
     capsys.readouterr()
     assert script("2^30", "--eval-only", flags=flags) == 0
     assert capsys.readouterr().out.count("\n") == 1  # of the run that did not
+    assert script("--lr", "2^30", "--eval-only", flags=flags) == 2
+    assert capsys.readouterr().err == "error: --eval-only: all of these runs diverged\n"
     real = common.Run.begin_epoch
     monkeypatch.setattr(common.Run, "begin_epoch", lambda run: (common.stop_asked.append(1), real(run))[1])
     assert script("--seed", "1", flags=flags) == 75
