@@ -63,7 +63,7 @@ worker() { # worker N ID: go through all lines, from a place of its own, until e
     while again="" && [ -n "$left" ]; do
         for i in $left; do
             run "${todo[i]}" "$out/logs/$target-$((i + 1))-$2.log"
-            case $code in 75) return ;; 76) again+=" $i" ;; *) seconds=1 ;; esac
+            case $code in 75) return ;; 76) again+=" $i" ;; 0) seconds=1 ;; *) seconds=1 failed=$code ;; esac
         done
         left=$again seconds=$((seconds < 15 ? seconds * 2 : 30))
         if [ -n "$left" ]; then sleep $seconds & wait $!; fi # others make the rest; a search may need more
@@ -104,9 +104,10 @@ submit() { # the workers as a job array
         --wrap "exec bash $(quote "$here/sweep.sh") $target --task$appended"
 }
 task() { # one of them; it comes back after Slurm's signal before the time limit, but not after scancel's TERM
-    jobs=$SLURM_ARRAY_TASK_COUNT id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    jobs=$SLURM_ARRAY_TASK_COUNT id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID failed=""
     worker $((SLURM_ARRAY_TASK_ID - 1)) $id
     if [ $code = 75 ] && [ "$stopped" != TERM ]; then scontrol requeue $id; fi
+    return ${failed:-0}
 }
 # ------------------------------------------------------------------------------------------------------ flags
 fail() { echo "error: $1" >&2 && exit 2; }

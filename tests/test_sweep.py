@@ -405,6 +405,13 @@ def test_a_line_that_fails_harms_no_other(sandbox):
     assert "Killed" not in done.stderr
 
 
+def test_a_slurm_task_fails_with_its_lines(sandbox):
+    task = {"SLURM_ARRAY_TASK_COUNT": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "5"}
+    for ends, code in (('{"bn": 2}', 2), ("{}", 0)):
+        done = sweep("demo", "--task", folder=sandbox, DEPTHS="16", ENDS=ends, **task)
+        assert done.returncode == code and "scalar-8-16-0" in noted(sandbox / "demo" / "made"), done
+
+
 def test_a_sweep_that_failed_before_its_first_record_has_failed(sandbox):
     """That there is nothing to report is no bad usage."""
     (sandbox / "plot.py").write_text("raise SystemExit(2)")
