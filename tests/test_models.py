@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import METHODS, GhostBatchNorm2d, ScalarBias, WideResNet, dropout
+from common import METHODS, GhostBatchNorm2d, Method, ScalarBias, WideResNet, dropout
 
 PARAMETERS = {  # (depth, width): bn, none, zeroinit
     (16, 4): (2_748_890, 2_745_264, 2_747_536),
@@ -61,6 +61,12 @@ def test_ghost_batch_norm(images, ghost, chunks, memory_format):
     layer.eval()
     expected = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt() * weight[:, None, None]
     torch.testing.assert_close(layer(x), expected + bias[:, None, None], rtol=0, atol=1e-12)
+
+
+def test_a_norm_that_norm_does_not_know_is_an_error(monkeypatch):
+    monkeypatch.setitem(METHODS, "ln", Method(norm="layer"))
+    with pytest.raises(ValueError, match="no line for 'layer'"):
+        WideResNet(10, 1, "ln")
 
 
 @pytest.mark.parametrize("init", ["scalar", "zeroinit", "zeroinit-nodropout"])
