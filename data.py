@@ -230,7 +230,8 @@ def list_images(folder: Path, parts: tuple[str, str]):
     if empty := [part for part in parts if not classes[part]]:
         raise UserError(f"{layout}, but {folder / empty[0]} has no folders: sort its images into classes")
     if odd := sorted(set(classes[parts[0]]) ^ set(classes[parts[1]])):
-        raise UserError(f"{layout}, the same classes in both, but {len(odd)} differ, such as {odd[0]}")
+        alone = f"{parts[odd[0] in classes[parts[1]]]}/{odd[0]}"
+        raise UserError(f"{layout}, the same classes in both, but {len(odd)} differ: {alone} is alone")
     if len(classes[parts[0]]) == 1:
         raise UserError(f"{layout}, of more classes than {classes[parts[0]][0]}")
     digest, found = hashlib.sha256(), []

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from records import ACCURACY, EXTEND, LOSS, final_of, optimum
+from records import ACCURACY, EXTEND, LOSS, final_of, optimum, slug
 
 # ------------------------------------------------------------------------------------------------- the paper
 
@@ -128,7 +128,7 @@ class Setup:
     protocol: dict
 
 
-OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
+OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "base_init": "he-in"}
 CIFAR = OPTIONS | {"data": "CIFAR-10", "epochs": 200, "pad_mode": "zeros", "train_size": None}
 IMAGENET = OPTIONS | {"data": "ImageNet", "epochs": 90, "image_size": 224}
 SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
@@ -139,7 +139,8 @@ SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
 
 # ----------------------------------------------------------------------------------------- grids and sections
 
-OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "depth", "bs")  # what may differ within a section
+# What may differ within a section:
+OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "scalar_lr", "depth", "bs")
 BUDGET = {"epochs", "train_size", "image_size"}  # a grid has the paper's `budget` if these are the paper's
 
 
@@ -154,6 +155,8 @@ def method_of(config):
         words += f", dropout {dropout:g}"
     if alpha:
         words += f", alpha {alpha:g}"
+    if config.get("scalar_lr", 1.0) != 1.0:
+        words += f", scalar lr {config['scalar_lr']:g}"
     if l2 is not None and l2 != setup.l2:
         words += f", L2 {l2:g}" if l2 else " without L2"
     return init + words
@@ -263,14 +266,15 @@ class Section:
         self.config, self.setup = self.grids[0].config, self.grids[0].setup
         places = {(grid.depth, grid.bs) for grid in grids}
         depths, sizes = Counter(depth for depth, _ in places), Counter(bs for _, bs in places)
-        self.bs = max(sorted(sizes), key=lambda bs: (bs == 64, sizes[bs]))  # of Tables 1 to 3
+        self.budget, at = self.grids[0].budget, Counter(grid.bs for grid in grids)
+        rank = {bs: (self.budget and bs == 64, sizes[bs], bs == 64, at[bs]) for bs in sorted(sizes)}
+        self.bs = max(rank, key=rank.get)  # of Tables 1 to 3
         paper = self.setup.protocol
         ours = {key: self.config.get(key, value) for key, value in paper.items()}
         if ours["dampening"] == ours["momentum"]:  # as by default: rates are effective ones
             ours["dampening"] = paper["dampening"]
         self.differences = {key: it for key, it in ours.items() if str(it).lower() != str(paper[key]).lower()}
         self.same_rates = "dampening" not in self.differences  # effective ones, as the paper's
-        self.budget = self.grids[0].budget
         most = max(sorted(depths), key=lambda depth: (depths[depth], depth == 16))
         self.depth = 16 if self.budget and depths[16] > 1 else most  # of the figures
 
@@ -317,9 +321,10 @@ class Section:
         low, high = target.sizes
         if grid.depth != self.depth or not low <= grid.bs <= high:
             return None
-        if target.whole and grid.method == "bn":  # one ghost batch is the whole batch
-            return WHOLE if grid.bs <= self.setup.ghost else None
-        return None if grid.method == WHOLE and not target.whole else grid.method
+        whole = grid.method.endswith(" (whole batch)")
+        if target.whole and not whole and grid.config.get("ghost"):  # one ghost batch is the whole batch
+            return f"{grid.method} (whole batch)" if grid.config["ghost"] == grid.bs else None
+        return None if whole and not target.whole else grid.method
 
     def shown(self, target, metric=ACCURACY):
         """The lines of a figure or table that are shown, the paper's methods first; empty if not run."""
@@ -343,26 +348,33 @@ def title_of(config):
     return ", ".join([config["data"], network, epochs, *options])
 
 
+def file_name(title):
+    """The name of the folder of a section's pictures."""
+    return re.sub(r"[^\w.^-]+", "-", title.lower()).strip("-")
+
+
 def make_sections(records):
     """The records as grids, the grids as sections, those nearest to the paper's protocol first."""
     grids, sections = {}, {}
     for record in records:
         config = {key: value for key, value in record["config"].items() if key not in ("lr", "seed")}
         images = record["data"]["fingerprint"]
-        key = str(sorted(config.items())) + images
+        same = config | {"data": slug(config["data"])}  # however its name is written
+        key = str(sorted(same.items())) + images
         if key not in grids:
             grids[key] = Grid(config, record["data"]["test_images"])
-            shared = sorted((key, config[key]) for key in config.keys() - set(OF_POINT))
+            shared = sorted((key, same[key]) for key in same.keys() - set(OF_POINT))
             sections.setdefault((str(shared), images), []).append(grids[key])
         grids[key].runs.setdefault(record["config"]["lr"], []).append(record)
     titles = {key: title_of(members[0].config) for key, members in sections.items()}
-    same, found = Counter(titles.values()), []
+    alike, found = Counter(map(file_name, titles.values())), []
     for key, members in sections.items():
-        images = f", images {key[1][:8]}" if same[titles[key]] > 1 else ""
+        images = f", images {key[1][:8]}" if alike[file_name(titles[key])] > 1 else ""
         found.append(Section(titles[key] + images, members))
 
     def distance(section):
         other_width = section.config.get("width") not in (None, 2, 4)
-        return len(section.differences), other_width, -section.config["epochs"], section.title
+        different = section.differences.keys()
+        return "data" in different, len(different), other_width, -section.config["epochs"], section.title
 
     return sorted(found, key=distance)

@@ -11,7 +11,6 @@ import csv
 import io
 import itertools
 import math
-import re
 import shlex
 import sys
 import textwrap
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from claims import FAILS, HOLDS, TIED, UNDECIDED, judge_all, judge_speed, number
-from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, make_sections, name_of
+from paper import NAMES, NO_L2, PAPER, SATURATION, TARGETS, WHOLE, file_name, make_sections, name_of
 from records import ACCURACY, LOSS, atomic_write, flush, plural, power, read_all, statistic
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -171,7 +170,9 @@ def depth_panels(section):
     top = [figure_panel(section, BY_DEPTH, ACCURACY, rates) for rates in (False, True)]
     top = [replace(p, lines=[it for it in p.lines if it.paper or len(it.marks) > 1]) for p in top]
     depths = sorted({grid.depth for grid in section.grids if grid.bs == section.bs})
-    return [top, [rates_panel(section, depth, section.bs, ACCURACY, f"{depth} layers") for depth in depths]]
+    rows = [top, [rates_panel(section, depth, section.bs, ACCURACY, f"{depth} layers") for depth in depths]]
+    rows = [[panel for panel in row if panel.lines] for row in rows]
+    return [row for row in rows if row]
 
 
 def curve(run, metric):
@@ -486,7 +487,7 @@ def table_of(section, target):
 
 def print_table(sections, name):
     """A figure or table of every section that has it, as text."""
-    target, parts = (TARGETS | {"demo": BY_DEPTH})[name], []
+    target, parts = replace((TARGETS | {"demo": BY_DEPTH})[name], barred=()), []
     for section in sections:
         header, rows = table_of(section, target)
         title = f"{target.title}. {caption_of(section, target)}\n{section.title}"
@@ -569,6 +570,8 @@ def protocol(section):
     seeds = sorted(max(map(len, grid.runs.values())) for grid in section.grids)
     span = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     words += [f"seeds {span} instead of {section.setup.seeds}"] if seeds[0] < section.setup.seeds else []
+    odd = any(grid.method not in (*NAMES, grid.config["init"]) for grid in section.grids)
+    words += ["methods with options of their own"] if odd else []
     told = f"Not the paper's protocol: {', '.join(words)}" if words else "The paper's protocol"
     lost = sum(run["status"] == "diverged" for run in runs)
     found = {key: {str(run["environment"].get(key)) for run in runs} for key in ("device", "torch", "commit")}
@@ -588,7 +591,7 @@ def small_multiples(section, draws, metric, without=()):
 
 def section_parts(section, looks, home, curves):
     """Yield (name, Markdown) of a section's pictures and tables; each grid is in one table only."""
-    folder, seen = home / re.sub(r"[^\w.^-]+", "-", section.title.lower()).strip("-"), set()
+    folder, seen = home / file_name(section.title), set()
     deep = {(grid.depth, grid.bs) for grid in section.grids if grid.bs == section.bs}
     deep = deep if len(deep) > 1 and LOSS in section.setup.metrics else set()
     if deep:

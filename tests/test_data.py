@@ -422,7 +422,7 @@ def test_classes_must_be_the_same_and_have_images(tmp_path):
     make_folder(tmp_path)
     layout = f"--data-dir: {tmp_path} should hold images in train/CLASS/ and val/CLASS/"
     (tmp_path / "val" / "n02").rename(tmp_path / "val" / "n03")
-    differ = f"{layout}, the same classes in both, but 2 differ, such as n02"
+    differ = f"{layout}, the same classes in both, but 2 differ: train/n02 is alone"
     assert problem_of(list_images, tmp_path, TRAIN_VAL) == differ
     line = problem_of(list_images, make_folder(tmp_path / "of cats", classes=["cats"]), TRAIN_VAL)
     assert line.endswith("images in train/CLASS/ and val/CLASS/, of more classes than cats")

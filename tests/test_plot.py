@@ -107,6 +107,15 @@ def test_batch_normalization_in_figures_1_and_3():
     truth = wide(["bn"], (8, 16, 64, 256, 2048)) | wide([WHOLE], (256,))
     assert shown(truth, "fig1") == {"bn": [16, 64, 256, 2048]}
     assert shown(truth, "fig3") == {WHOLE: [8, 16, 64, 256]}
+    own = {key: replace(point, seeds=2) for key, point in truth.items()}
+    records = draw(0, own)
+    for record in records:
+        record["config"]["init"] = "bnscalar"
+    (section,) = paper.make_sections(records)
+    lines = {name: section.lines(TARGETS[name], ACCURACY) for name in ("fig1", "fig3")}
+    lines = {name: {m: [r.x for r in line] for m, line in found.items()} for name, found in lines.items()}
+    assert lines["fig1"] == {"bnscalar": [16, 64, 256, 2048]}
+    assert lines["fig3"] == {"bnscalar (whole batch)": [8, 16, 64, 256]}
 
 
 def test_figures_1_and_3_need_runs_of_their_own():
@@ -129,11 +138,28 @@ def test_the_papers_saturation_is_shown_where_rates_saturate():
         assert marks == (here if largest == 4096 else {})
 
 
-def test_each_section_has_pictures_of_its_own(tmp_path):
-    records = [run for name in ("кошки", "собаки") for run in draw(0, wide(["bn"], (16, 64)), data=name)]
+@pytest.mark.parametrize("names", [("кошки", "собаки"), ("CIFAR-10 (b)", "cifar-10 B")])
+def test_each_section_has_pictures_of_its_own(tmp_path, names):
+    records = [run for name in names for run in draw(0, wide(["bn"], (16, 64)), data=name)]
+    for run in records:
+        run["data"]["fingerprint"] = str(names.index(run["config"]["data"])) * 16
     path, _ = plot.report(tmp_path, paper.make_sections(records), {}, curves=False)
     pictures = re.findall(r"\]\((\S+\.png)\)", path.read_text())
     assert len(pictures) == len(set(pictures)) >= 4 and all((path.parent / it).exists() for it in pictures)
+
+
+def test_one_name_written_in_two_ways_is_one_section():
+    records = draw(0, wide(["bn"], (64,)), data="ImageNet") + draw(0, wide(["none"], (64,)), data="imagenet")
+    assert len(paper.make_sections(records)) == 1
+
+
+def test_a_sweep_that_begins_at_several_points_has_a_report(tmp_path):
+    """No method has two depths yet, and no batch size has two methods."""
+    deep = wide(["bn"], (64,)) | wide(["zeroinit"], (64,), depth=100)
+    large = wide(["bn"], (16, 512)) | wide(["none"], (64, 2048))
+    for n, (truth, changes) in enumerate(((deep, SHAPES), (deep, {}), (large, {}), (large, SHAPES))):
+        path, _ = plot.report(tmp_path / str(n), sections(truth, **changes), {}, curves=False)
+        assert path.exists()
 
 
 def test_other_methods_appear_with_two_points():
@@ -150,6 +176,11 @@ def test_the_depth_of_the_figures_and_the_batch_size_of_the_tables():
     assert (section.depth, section.bs) == (40, 64)
     (section,) = sections(wide(["bn"], (16,)) | wide(["bn"], (16,), depth=52))
     assert (section.depth, section.bs) == (16, 16)
+    (section,) = sections(wide(["bn", "none", "scalar"], (128,)) | wide(["bn"], (32,)))
+    assert section.bs == 128  # a single run hides no table
+    deep = [wide(["bn", "none"], (32,), depth=depth) for depth in (16, 40)]
+    (section,) = sections(deep[0] | deep[1] | wide(["bn"], (64,)), epochs=20)
+    assert section.bs == 32
 
 
 def test_the_papers_tables_were_copied_twice_without_a_difference():
