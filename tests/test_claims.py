@@ -662,6 +662,16 @@ def test_methods_that_have_no_place_in_common_yet():
             assert answer is None or answer.verdict is UNDECIDED or not claim.paired, claim
 
 
+@pytest.mark.parametrize("changes", [{}, {"epochs": 20, "width": 1}])
+def test_any_few_points_have_answers(changes):
+    for n in range(40):
+        numbers = random.Random(n)
+        chosen = numbers.sample(sorted(truth()), numbers.randint(1, 12))
+        points = {key: replace(truth()[key], seeds=numbers.choice((1, 2, 5))) for key in chosen}
+        found = claims.judge_all(paper.make_sections(planted.draw(n, points, **changes)))
+        assert len(found) == len(CLAIMS)
+
+
 @pytest.mark.parametrize("name", ["falls_at_large_sizes", "saturates"])
 @pytest.mark.parametrize("epochs", [100, 400])
 def test_small_batches_deny_nothing_of_large_ones(name, epochs):
