@@ -235,6 +235,7 @@ def efficient_sizes(*lines):
         size = max(result.x for result in line if result.score >= best_of(line).score - 0.01)
         above = min((result.x / 2 for result in line if result.x > size), default=math.inf)
         known = best_of(line).best and not any(result.open for result in line)
+        size = size if size > line[0].x else 0  # smaller ones, which were not run, may be better still
         bounds.append((size, above) if known else (0, math.inf))
     (its_low, its_high), (low, high) = bounds
     return HOLDS if low >= 8 * its_high else FAILS if high < 8 * its_low else UNDECIDED

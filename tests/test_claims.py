@@ -685,6 +685,14 @@ def test_small_batches_deny_nothing_of_large_ones(name, epochs):
         assert verdict(claim, flat, epochs=epochs).verdict is FAILS
 
 
+def test_where_accuracy_falls_from_the_smallest_batch_on_no_size_is_the_largest_efficient_one():
+    claim = find("efficient_sizes", "none", "bn")
+    falls = {key: replace(point, accuracy=90 - 2 * math.log2(key[3])) for key, point in own(claim).items()}
+    assert verdict(claim, falls).verdict is UNDECIDED
+    flat = {key: replace(point, accuracy=90.0) if key[3] < 64 else point for key, point in falls.items()}
+    assert verdict(claim, flat).verdict is FAILS
+
+
 def test_a_limit_missed_by_noise_is_tied():
     """Two points behind are allowed; the errors are 0.4 points each, 0.57 together."""
 
