@@ -30,6 +30,7 @@ class Verdict(Enum):
 
 
 HOLDS, FAILS, TIED, UNDECIDED = Verdict
+TIED_EDGE = "tied rates are on the edge"
 TINY = 1e-9  # a limit that is met exactly is met
 
 
@@ -524,7 +525,9 @@ def lacking(section, claim, lines, tried):
     axis, reach = "depth" if deep else "batch size", reach if section.budget or deep else reach / 4
     if absent := [method for method in claim.methods if not tried[method]]:
         few = {*absent} <= {grid.method for grid in section.grids}
-        reason = f"run at fewer than {TARGETS[claim.target].least} {axis}s" if few else "not run"
+        within = f" of {claim.low} or more" if claim.low > 1 else f" of {claim.high:g} or less"
+        within = within if claim.low > 1 or claim.high < math.inf else ""
+        reason = f"run at too few {axis}s{within}" if few else "not run"
         return f"{reason}: {', '.join(map(name_of, absent))}", True
     if not all(lines.values()):
         return "an optimal rate of each is needed", False
@@ -573,16 +576,25 @@ def judge(section, claim):
     if verdict is not UNDECIDED:
         return replace(answer, verdict=verdict)
     edges = [result for result in results if result.open]
-    why = {result.open: [] for result in edges}
+    if not edges and (claim.rates or claim.both):
+        edges = [result for result in results if result.up or result.down]
+    why = {result.open or TIED_EDGE: [] for result in edges}
     for result in edges:
-        why[result.open].append(f"{name_of(result.grid.method)} at {places(claim, [result])}")
+        why[result.open or TIED_EDGE].append(f"{name_of(result.grid.method)} at {places(claim, [result])}")
     failed = sum(not result.best for result in results) > 1
     reason = "more than one of them trains at no rate" if failed else "the range is too small"
     reason = "; ".join(f"{key}: {', '.join(found)}" for key, found in why.items()) or reason
     xs = {result.x for result in edges} if target.least > 1 else ()  # one batch size, or the paper's three
-    needed = [method for method in claim.methods if any(result.open for result in lines[method])]
+    needed = [method for method in claim.methods if any(result in edges for result in lines[method])]
     rates = {rate for result in edges for rate in result.unfinished} if set(why) == {FEWER_SEEDS} else ()
+    rates = {rate for result in edges for rate in result.beyond} if set(why) == {TIED_EDGE} else rates
     seeds = max(result.grid.reached(claim.metric).runs for result in edges) if rates else 0
+    if set(why) == {FEWER_SEEDS}:  # these rates at all these points, unless a search takes fewer runs
+        lacks = [{rate: seeds - len(r.grid.runs.get(rate, ())) for rate in rates} for r in edges]
+        own = sum(lack[rate] for r, lack in zip(edges, lacks, strict=True) for rate in r.unfinished)
+        points = max(1, len(xs)) * len(needed)
+        everywhere = sum(map(sum, map(dict.values, lacks))) + (points - len(edges)) * len(rates) * seeds
+        rates = rates if everywhere <= 2 * own else ()
     decides = command(section, claim, needed or claim.methods, xs, rates, seeds)
     return replace(answer, reason=reason, command=decides)
 

@@ -144,12 +144,15 @@ OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "scalar_lr", "depth", "bs
 BUDGET = {"epochs", "train_size", "image_size"}  # a grid has the paper's `budget` if these are the paper's
 
 
-def method_of(config):
-    """The method of a configuration: `init`, and in words what is not usual for it."""
+def method_of(config, whole=False):
+    """The method of a configuration: `init`, and in words what is not usual for it.
+
+    `whole`: also where a single ghost batch is the whole batch.
+    """
     setup, init, bs, words = SETUPS[config.get("version")], config["init"], config["bs"], ""
     ghost, dropout, l2, alpha = (config.get(key) for key in ("ghost", "dropout", "wd", "alpha"))
     usual = setup.dropout if init in HAS_DROPOUT else 0.0
-    if ghost is not None and ghost != min(bs, setup.ghost):
+    if ghost is not None and (ghost != min(bs, setup.ghost) or (whole and ghost == bs)):
         words += " (whole batch)" if ghost == bs else f", ghost {ghost}"
     if dropout is not None and dropout != usual:
         words += f", dropout {dropout:g}"
@@ -174,6 +177,7 @@ class Grid:
     def __init__(self, config, images):
         self.config, self.test_images, self.runs, self.optima = config, images, {}, {}
         self.method, self.depth, self.bs = method_of(config), config.get("depth", 50), config["bs"]
+        self.whole = method_of(config, whole=True)  # its name in Figures 3 and 4
         self.setup = SETUPS[config.get("version")]
         paper = self.setup.protocol
         self.budget = all(config.get(key, paper[key]) == paper[key] for key in BUDGET & paper.keys())
@@ -235,6 +239,12 @@ class Result:
             self.open = FEWER_SEEDS
         if self.best and self.open and (self.unfinished or not self.best.edge):
             self.up = self.down = True  # the optimal rate may be another
+
+    @property
+    def beyond(self):
+        """The rates beyond tied ones that are on the edge."""
+        rates = self.grid.runs
+        return [min(rates) / 2] * self.down + [2 * max(rates)] * self.up
 
 
 def far_neighbour(rate, rates):
@@ -306,8 +316,8 @@ class Section:
 
     def has_figure(self, target):
         """True if a figure has runs of its own. Those that all share are Figure 1's, unless that has none."""
-        large = any(grid.method == "bn" and grid.bs > self.setup.ghost for grid in self.grids)
-        whole = any(grid.method == WHOLE for grid in self.grids)
+        large = any(grid.bs > (grid.config.get("ghost") or grid.bs) for grid in self.grids)
+        whole = any(" (whole batch)" in grid.method for grid in self.grids)
         if target.whole:
             return whole or any(grid.bs < 16 for grid in self.grids)
         return large or not whole
@@ -321,10 +331,9 @@ class Section:
         low, high = target.sizes
         if grid.depth != self.depth or not low <= grid.bs <= high:
             return None
-        whole = grid.method.endswith(" (whole batch)")
-        if target.whole and not whole and grid.config.get("ghost"):  # one ghost batch is the whole batch
-            return f"{grid.method} (whole batch)" if grid.config["ghost"] == grid.bs else None
-        return None if whole and not target.whole else grid.method
+        if target.whole and grid.config.get("ghost"):
+            return grid.whole if grid.config["ghost"] == grid.bs else None
+        return None if " (whole batch)" in grid.method and not target.whole else grid.method
 
     def shown(self, target, metric=ACCURACY):
         """The lines of a figure or table that are shown, the paper's methods first; empty if not run."""

@@ -57,7 +57,8 @@ SPARE_MARKERS = ("*", "8", "H", "d", "X")  # for all other methods
 
 def looks_of(sections):
     """A look for every method; those that LOOKS does not name get one in the order of their names."""
-    unknown = sorted({grid.method for section in sections for grid in section.grids} - LOOKS.keys())
+    grids = [grid for section in sections for grid in section.grids]
+    unknown = sorted({name for grid in grids for name in (grid.method, grid.whole)} - LOOKS.keys())
     spare = zip(unknown, itertools.cycle(SPARE_COLORS), itertools.cycle(SPARE_MARKERS), strict=False)
     return LOOKS | {method: Look(color, marker, (0, (2, 1))) for method, color, marker in spare}
 

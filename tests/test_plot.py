@@ -118,6 +118,15 @@ def test_batch_normalization_in_figures_1_and_3():
     assert lines["fig3"] == {"bnscalar (whole batch)": [8, 16, 64, 256]}
 
 
+@pytest.mark.parametrize("changes", [{"init": "bnscalar"}, {"wd": 0.001}])
+def test_figure_3_of_batch_norm_with_options_of_its_own_is_drawn(changes, tmp_path):
+    records = draw(0, wide(["bn"], (4, 16, 64))) + draw(0, wide(["none", "zeroinit"], (4, 16, 64)))
+    for record in records[: len(records) // 3]:
+        record["config"] |= changes
+    path, _ = plot.report(tmp_path, paper.make_sections(records), {}, curves=False)
+    assert "(whole batch)" in path.read_text()
+
+
 def test_figures_1_and_3_need_runs_of_their_own():
     large = wide(["bn", "zeroinit"], (16, 64, 256))
     assert [name for name in FIGURES if shown(large, name)] == ["fig1", "fig2"]
