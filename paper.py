@@ -128,7 +128,7 @@ class Setup:
     protocol: dict
 
 
-OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "base_init": "he-in"}
+OPTIONS = {"momentum": 0.9, "dampening": 0.9, "l2_all": False, "scalar_lr": 1.0, "base_init": "he-in"}
 CIFAR = OPTIONS | {"data": "CIFAR-10", "epochs": 200, "pad_mode": "zeros", "train_size": None}
 IMAGENET = OPTIONS | {"data": "ImageNet", "epochs": 90, "image_size": 224}
 SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
@@ -139,8 +139,7 @@ SETUPS = {  # by the version of ResNet-50, None for Wide-ResNets
 
 # ----------------------------------------------------------------------------------------- grids and sections
 
-# What may differ within a section:
-OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "scalar_lr", "depth", "bs")
+OF_POINT = ("init", "ghost", "dropout", "wd", "alpha", "depth", "bs")  # what may differ within a section
 BUDGET = {"epochs", "train_size", "image_size"}  # a grid has the paper's `budget` if these are the paper's
 
 
@@ -158,8 +157,6 @@ def method_of(config, whole=False):
         words += f", dropout {dropout:g}"
     if alpha:
         words += f", alpha {alpha:g}"
-    if config.get("scalar_lr", 1.0) != 1.0:
-        words += f", scalar lr {config['scalar_lr']:g}"
     if l2 is not None and l2 != setup.l2:
         words += f", L2 {l2:g}" if l2 else " without L2"
     return init + words
