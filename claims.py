@@ -544,6 +544,14 @@ def lacking(section, claim, lines, tried):
     return needed if few else "", True
 
 
+def wasteful(results, rates, seeds, points):
+    """Whether all `rates` at all `points` of a sweep are over twice the runs that the results lack."""
+    lacks = [{rate: seeds - len(result.grid.runs.get(rate, ())) for rate in rates} for result in results]
+    own = sum(lack[rate] for result, lack in zip(results, lacks, strict=True) for rate in result.unfinished)
+    rest = (points - len(results)) * len(rates) * seeds
+    return sum(sum(lack.values()) for lack in lacks) + rest > 2 * own
+
+
 def judge(section, claim):
     """The answer of a section to a claim; None if the claim is not about such runs."""
     target = TARGETS[claim.target]
@@ -587,14 +595,10 @@ def judge(section, claim):
     xs = {result.x for result in edges} if target.least > 1 else ()  # one batch size, or the paper's three
     needed = [method for method in claim.methods if any(result in edges for result in lines[method])]
     rates = {rate for result in edges for rate in result.unfinished} if set(why) == {FEWER_SEEDS} else ()
-    rates = {rate for result in edges for rate in result.beyond} if set(why) == {TIED_EDGE} else rates
+    rates = {rate for result in edges for rate in result.next_rates} if set(why) == {TIED_EDGE} else rates
     seeds = max(result.grid.reached(claim.metric).runs for result in edges) if rates else 0
-    if set(why) == {FEWER_SEEDS}:  # these rates at all these points, unless a search takes fewer runs
-        lacks = [{rate: seeds - len(r.grid.runs.get(rate, ())) for rate in rates} for r in edges]
-        own = sum(lack[rate] for r, lack in zip(edges, lacks, strict=True) for rate in r.unfinished)
-        points = max(1, len(xs)) * len(needed)
-        everywhere = sum(map(sum, map(dict.values, lacks))) + (points - len(edges)) * len(rates) * seeds
-        rates = rates if everywhere <= 2 * own else ()
+    if set(why) == {FEWER_SEEDS} and wasteful(edges, rates, seeds, max(1, len(xs)) * len(needed)):
+        rates = ()  # a search makes fewer runs
     decides = command(section, claim, needed or claim.methods, xs, rates, seeds)
     return replace(answer, reason=reason, command=decides)
 

@@ -238,7 +238,7 @@ class Result:
             self.up = self.down = True  # the optimal rate may be another
 
     @property
-    def beyond(self):
+    def next_rates(self):
         """The rates beyond tied ones that are on the edge."""
         rates = self.grid.runs
         return [min(rates) / 2] * self.down + [2 * max(rates)] * self.up

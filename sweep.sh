@@ -13,7 +13,7 @@
 # LRS="2^-3 2^-2"     run these learning rates [search for the best; FULL=1: with all seeds at all rates]
 # NPROC=N             GPUs of a run on ImageNet [8; 1: without torchrun]
 # Exit codes: 0 done, 1 a line failed, 2 bad usage or data, 75 interrupted. The same sweep goes on.
-# shellcheck disable=SC2048,SC2086,SC2206,SC2329  # lists are split into words on purpose; targets are called by name
+# shellcheck disable=SC2048,SC2086,SC2206,SC2329  # lists split into words; targets are called by name
 if [ -z "${BASH:-}" ]; then exec bash "$0" "$@"; fi # `sh sweep.sh`
 targets="fig1 fig2 fig3 fig4 table1 table2 table3 table4 table5 demo"
 fig1() { # 16-4, ghost batches of 64, large batches (section 3)

@@ -693,6 +693,29 @@ def test_where_accuracy_falls_from_the_smallest_batch_on_no_size_is_the_largest_
     assert verdict(claim, flat).verdict is FAILS
 
 
+def test_a_tied_rate_at_the_edge_is_named_with_the_rate_beyond_it():
+    claim = find("rate_hardly_depends_on_depth", paper.NO_L2)
+    name = f"{paper.NO_L2}_16"
+    answer = verdict(claim, with_changes(claim, **{name: {"rate": -5, "tied": (-5, -4), "most": -4}}))
+    assert answer.verdict is UNDECIDED
+    assert answer.reason == "tied rates are on the edge: ZeroInit without L2 at 16 layers"
+    assert answer.command.startswith('DEPTHS="16" LRS="2^-3" bash sweep.sh table3 ')
+
+
+def test_points_that_lack_seeds_at_rates_of_their_own_are_searched():
+    """All of these rates at all of these points would be several times the runs that are missing."""
+    claim, found = find("competitive"), []
+    for run in planted.draw(0, own(claim)):
+        config = run["config"]
+        beside = 2.0 ** (truth()["wide", config["init"], 16, config["bs"]].rate + 1)
+        if config["init"] == "zeroinit" or config["lr"] != beside or config["seed"] < 5:
+            found.append(run)
+    (section,) = paper.make_sections(found)
+    answer = claims.judge(section, claim)
+    assert answer.verdict is UNDECIDED and claims.FEWER_SEEDS in answer.reason
+    assert answer.command.startswith('BATCHES="16 32 64 128 256" bash sweep.sh fig1')
+
+
 def test_a_limit_missed_by_noise_is_tied():
     """Two points behind are allowed; the errors are 0.4 points each, 0.57 together."""
 
